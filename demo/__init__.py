@@ -1,0 +1,1 @@
+"""The main job on a real denoiser: ``python -m demo`` (``--quick`` for a shorter run)."""

@@ -1,0 +1,109 @@
+"""How a sampler calls its denoiser: which inputs stay the same over a generation, which one is the clock."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from diffcache.tracing import tree
+from diffcache.tracing.session import Bound
+
+
+@dataclass(frozen=True)
+class CallPattern:
+    """What calibration saw of one denoiser's calls.
+
+    ``invariant``: paths of inputs equal at every call of one stream (a stream is the sequence of calls with one
+    condition: conditional and unconditional guidance are two). ``clock``: the path of the timestep, if there is one.
+    ``probe``: the path of the latent. ``steps``: calls per stream. ``streams``: streams per generation.
+    """
+
+    invariant: tuple[tree.Path, ...]
+    clock: tree.Path | None
+    probe: tree.Path | None
+    steps: int
+    streams: int = 1
+    clock_values: tuple[float, ...] = ()
+
+
+def input_leaves(bound: Bound) -> dict[tree.Path, Any]:
+    """Tensors and numbers among the arguments, by path."""
+    found = {}
+    for name, value in bound.items():
+        for path, leaf in tree.walk(value, (("item", name),)):
+            if isinstance(leaf, torch.Tensor) or type(leaf) in (int, float):
+                found[path] = leaf
+    return found
+
+
+def host_value(leaf: Any) -> float | None:
+    """A timestep's value if it can be read without waiting for a device; the first element of a batch of equal ones."""
+    if isinstance(leaf, torch.Tensor):
+        return float(leaf.reshape(-1)[0]) if leaf.device.type == "cpu" and leaf.numel() else None
+    return float(leaf) if isinstance(leaf, int | float) else None
+
+
+@dataclass
+class LoggedCall:
+    """One call seen in calibration: its context name and a digest of each input leaf."""
+
+    context: str
+    digests: dict[tree.Path, int]
+    sizes: dict[tree.Path, int]
+    clock: dict[tree.Path, float]
+    stream: int = -1
+
+
+def log_call(bound: Bound, context: str) -> LoggedCall:
+    leaves = input_leaves(bound)
+    digests = {path: _digest(leaf) for path, leaf in leaves.items()}
+    sizes = {path: leaf.numel() if isinstance(leaf, torch.Tensor) else 1 for path, leaf in leaves.items()}
+    small = {path: float(leaf.flatten()[0]) if isinstance(leaf, torch.Tensor) else float(leaf)
+             for path, leaf in leaves.items() if 0 < sizes[path] <= 64 and not _is_complex(leaf)}  # fmt: skip
+    return LoggedCall(context, digests, sizes, small)
+
+
+def _is_complex(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.is_complex()
+
+
+def _digest(leaf: Any) -> int:
+    if not isinstance(leaf, torch.Tensor):
+        return hash((type(leaf), leaf))
+    data = leaf.detach().to("cpu").contiguous()
+    return hash((tuple(data.shape), data.dtype, data.view(-1).view(torch.uint8).numpy().tobytes() if data.numel() else b""))
+
+
+def find_pattern(generations: Sequence[Sequence[LoggedCall]]) -> CallPattern:
+    """Tell streams, invariant inputs and the clock apart from the logged calls; sets ``LoggedCall.stream``.
+
+    Raises:
+        ValueError: the denoiser was called too few times to reuse anything.
+    """
+    calls = generations[0]
+    paths = [path for path in calls[0].digests if all(path in call.digests for call in calls)]
+    distinct = {path: len({call.digests[path] for call in calls}) for path in paths}
+    invariant = tuple(path for path in paths if distinct[path] <= max(1, len(calls) // 4))
+    for generation in generations:
+        keys: dict[Any, int] = {}
+        for call in generation:
+            key = (call.context, *(call.digests.get(path) for path in invariant))
+            call.stream = keys.setdefault(key, len(keys))
+    lengths = [sum(call.stream == s for call in calls) for s in range(1 + max(call.stream for call in calls))]
+    steps = max(lengths)
+    if steps < 4:
+        raise ValueError(
+            f"the denoiser was called {len(calls)} times in {len(lengths)} streams of at most {steps} steps; "
+            "nothing can be reused in fewer than 4 steps. Calibrate with the step count you generate with."
+        )
+    main = [call for call in calls if call.stream == lengths.index(steps)]
+    varying = [path for path in paths if path not in invariant]
+    clock = next((p for p in varying if all(p in c.clock for c in main) and len({c.clock[p] for c in main}) > steps // 2
+                  and main[0].sizes[p] == min(main[0].sizes[q] for q in varying)), None)  # fmt: skip
+    others = [path for path in varying if path != clock]
+    probe = max(others, key=lambda path: main[0].sizes[path], default=None)
+    values = tuple(call.clock[clock] for call in main) if clock is not None else ()
+    return CallPattern(invariant, clock, probe, steps, len(lengths), values)

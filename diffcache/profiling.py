@@ -1,0 +1,260 @@
+"""Calibration: run the prompts uncached, keep a sketch of every site's value at every step, measure sensitivity.
+
+A value v of any size is kept as a random projection of ``SKETCH`` numbers (a count sketch with fixed signs), whose inner
+products estimate <v, w>; memory does not grow with the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from diffcache import gram
+from diffcache.call_pattern import CallPattern, LoggedCall, find_pattern, log_call
+from diffcache.cost import Cost, measure_cost
+from diffcache.profile_record import Profile, SiteProfile
+from diffcache.programs import Programs
+from diffcache.progress import Report, silent
+from diffcache.report import relative_error
+from diffcache.runtime import CachedDenoiser
+from diffcache.schedule import COMPUTE, Forecast, Row, Schedule
+from diffcache.sites import Site, find_sites
+from diffcache.tracing.captured import Captured
+from diffcache.tracing.errors import GuardFailed
+from diffcache.tracing.session import Bound, unbind
+from diffcache.tracing.variant import Variant
+
+SKETCH = 4096
+MAX_SITES = 48
+# The result is most sensitive to errors of these sites; others borrow the stack's (or output's) sensitivity.
+MEASURED_ROLES = ("stack", "output", "deepest")
+
+Generate = Callable[[nn.Module, int], torch.Tensor]  # (denoiser, index of the prompt) -> flat result
+
+
+@dataclass
+class Calibration:
+    """All that calibrating one denoiser found."""
+
+    name: str
+    captured: Captured
+    pattern: CallPattern
+    sites: dict[str, Site]
+    profile: Profile
+    references: list[torch.Tensor] = field(repr=False)
+    finder: SiteFinder = field(repr=False)
+
+    def cached(self, schedule: Schedule, **options: Any) -> CachedDenoiser:
+        """The denoiser under a schedule over this calibration's sites."""
+        return CachedDenoiser(self.captured, schedule, self.pattern, self.finder, title=self.name, **options)
+
+
+class SiteFinder:
+    """Sites of a variant by name; costs and sites of each variant are found once."""
+
+    def __init__(self, captured: Captured):
+        self.captured = captured
+        self._found: dict[int, tuple[Cost, list[Site]]] = {}
+
+    def all(self, variant: Variant, bound: Bound) -> tuple[Cost, list[Site]]:
+        found = self._found.get(id(variant))
+        if found is None:
+            args, kwargs = unbind(self.captured.signature, bound)
+            cost = measure_cost(variant.graph_module, args, kwargs)
+            found = self._found[id(variant)] = (cost, find_sites(variant.graph_module, variant.trace.calls, cost))
+        return found
+
+    def __call__(self, variant: Variant, bound: Bound, names: Sequence[str]) -> Sequence[Site]:
+        sites = {site.name: site for site in self.all(variant, bound)[1]}
+        return [sites[name] for name in names if name in sites]
+
+
+class _Observer(nn.Module):
+    """Stands in for the denoiser during calibration: computes everything, logs the call, sketches every site."""
+
+    def __init__(self, captured: Captured, finder: SiteFinder):
+        super().__init__()
+        self.denoiser = captured.denoiser
+        object.__setattr__(self, "captured", captured)
+        self.finder, self.sites, self.total = finder, [], 0.0
+        self.calls: list[LoggedCall] = []
+        self.sketches: list[torch.Tensor] = []
+        self._programs: dict[int, Programs] = {}
+        self._context = threading.local()
+
+    captured: Captured
+    sites: list[Site]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("denoiser"), name)
+
+    @contextlib.contextmanager
+    def cache_context(self, name: str) -> Any:
+        self._context.name = name
+        try:
+            yield
+        finally:
+            self._context.name = ""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self.captured.bind(args, kwargs)
+        for variant in self.captured.candidates(bound):
+            with contextlib.suppress(GuardFailed):
+                return self._observe(variant, bound)
+        return self._observe(self.captured.add(bound), bound)
+
+    def _observe(self, variant: Variant, bound: Bound) -> Any:
+        programs = self._programs.get(id(variant))
+        if programs is None:
+            cost, sites = self.finder.all(variant, bound)
+            if not self.sites:
+                self.sites, self.total = _chosen(sites, cost), cost.total
+            here = {site.name: site for site in sites}
+            kept = [here[site.name] for site in self.sites if site.name in here]
+            programs = self._programs[id(variant)] = Programs(variant, (), kept, title="profile")
+        cells = (COMPUTE,) * len(programs.sites)
+        program = programs.observing()
+        hoisted = programs.prologue(*programs.leaves(bound)) if programs.prologue is not None else ()
+        result, kept_values = program(programs.leaves(bound), hoisted, {}, cells, {})
+        names = [site.name for site in programs.sites]
+        by_site = {name: torch.zeros(SKETCH) for name in names}
+        for (row, value), tensor in zip(program.writes, kept_values, strict=True):
+            by_site[names[row]] = by_site[names[row]] + sketch(tensor, salt=value)
+        self.calls.append(log_call(bound, getattr(self._context, "name", "")))
+        empty = torch.zeros(SKETCH)
+        self.sketches.append(torch.stack([empty, *(by_site.get(site.name, empty) for site in self.sites)])[1:])
+        return result
+
+
+def _chosen(sites: Sequence[Site], cost: Cost) -> list[Site]:
+    """Sites worth profiling: named roles first, then those that save most."""
+    worthwhile = [site for site in sites if site.flops_saved > 0.01 * cost.total]
+    first = [site for site in worthwhile if site.role in ("stack", "stack0", "stack2", "output", "deepest", "deep", "cut")]
+    return (first + [site for site in worthwhile if site not in first])[:MAX_SITES]
+
+
+_SIGNS: dict[tuple[int, int], torch.Tensor] = {}
+
+
+def sketch(value: torch.Tensor, salt: int = 0) -> torch.Tensor:
+    """A projection to ``SKETCH`` numbers: E<sketch(v), sketch(w)> = <v, w>; exact up to order when v is small enough."""
+    flat = value.detach().flatten().to("cpu", torch.float32)
+    rows = math.ceil(flat.numel() / SKETCH)
+    key = (rows, salt)
+    if key not in _SIGNS:
+        generator = torch.Generator().manual_seed(1009 * salt + 17)
+        _SIGNS[key] = torch.randint(0, 2, (rows, SKETCH), generator=generator, dtype=torch.int8) * 2 - 1
+    padded = torch.nn.functional.pad(flat, (0, rows * SKETCH - flat.numel())).view(rows, SKETCH)
+    return (padded * _SIGNS[key]).sum(0)
+
+
+def calibrate(
+    denoiser: nn.Module,
+    generate: Generate,
+    prompts: int,
+    *,
+    name: str = "denoiser",
+    leaf_modules: Sequence[Any] = (),
+    sensitivity_prompts: int = 1,
+    report: Report = silent,
+) -> Calibration:
+    """Profile one denoiser over ``prompts`` generations.
+
+    Raises:
+        ValueError: the sampler never calls the denoiser, calls it fewer than four times, or gives NaN.
+        CaptureError: the denoiser cannot be captured exactly.
+    """
+    captured = Captured(denoiser, leaf_modules=leaf_modules)
+    finder = SiteFinder(captured)
+    observer = _Observer(captured, finder)
+    generations: list[list[LoggedCall]] = []
+    sketches: list[list[torch.Tensor]] = []
+    references = []
+    for index in range(prompts):
+        report(f"profile {name}", index, prompts)
+        observer.calls, observer.sketches = [], []
+        result = generate(observer, index)
+        if not observer.calls:
+            raise ValueError(
+                f"generating calibration prompt {index} never called the denoiser ({name}); sample(denoiser, item) must "
+                "run one whole generation by calling the denoiser it is given"
+            )
+        if not bool(torch.isfinite(result).all()):
+            raise ValueError(f"calibration prompt {index} gives NaN or infinity without any caching; check the model's dtype")
+        generations.append(observer.calls)
+        sketches.append(observer.sketches)
+        references.append(result)
+    report(f"profile {name}", prompts, prompts)
+    pattern = find_pattern(generations)
+    profile = _profile(observer, pattern, generations, sketches)
+    calibration = Calibration(name, captured, pattern, {s.name: s for s in observer.sites}, profile, references, finder)
+    return measure_sensitivity(calibration, generate, sensitivity_prompts, report)
+
+
+def _profile(
+    observer: _Observer, pattern: CallPattern, generations: Sequence[Sequence[LoggedCall]], sketches: Sequence[Sequence[torch.Tensor]]
+) -> Profile:
+    rows = []
+    for calls, kept in zip(generations, sketches, strict=True):
+        for stream in range(1 + max(call.stream for call in calls)):
+            values = [value for call, value in zip(calls, kept, strict=True) if call.stream == stream]
+            if len(values) == pattern.steps:
+                rows.append(torch.stack(values).double().transpose(0, 1))  # [sites, steps, SKETCH]
+    grams = np.stack([(v @ v.transpose(1, 2)).numpy() for v in rows])  # [streams, sites, steps, steps]
+    sites = tuple(
+        SiteProfile(site.name, site.residual, site.flops_saved, site.bytes_kept, grams[:, k], np.ones(pattern.steps))
+        for k, site in enumerate(observer.sites)
+        if np.isfinite(grams[:, k]).all() and grams[:, k].any()
+    )
+    return Profile(pattern.steps, observer.total, sites, pattern.clock_values)
+
+
+def measure_sensitivity(calibration: Calibration, generate: Generate, prompts: int, report: Report = silent) -> Calibration:
+    """Forecast one site at one step only, by reuse, and compare what the result loses with what the value lost."""
+    if prompts < 1:
+        return calibration
+    profile, steps = calibration.profile, calibration.pattern.steps
+    roles = {role: site for site in calibration.sites.values() for role in [site.role] if role in MEASURED_ROLES}
+    measured: dict[str, np.ndarray] = {}
+    sites = [site for site in roles.values() if any(p.name == site.name for p in profile.sites)]
+    if not sites and profile.sites:
+        sites = [calibration.sites[profile.sites[0].name]]
+    done, total = 0, len(sites) * (steps - 1) * prompts
+    for site in sites:
+        record = profile.site(site.name)
+        local = [gram.forecast_error(record.gram, [t - 1], t, [1.0]) if t else 0.0 for t in range(steps)]
+        ratios = np.zeros((prompts, steps))
+        base = calibration.cached(_one_reuse(site, steps, 1, profile))
+        for step in range(1, steps):
+            denoiser = base.with_schedule(_one_reuse(site, steps, step, profile))
+            for prompt in range(prompts):
+                report(f"sensitivity of {calibration.name}", done, total)
+                final = relative_error(generate(denoiser, prompt), calibration.references[prompt]) ** 2
+                ratios[prompt, step] = final / max(local[step], 1e-12)
+                done += 1
+        mean = ratios.mean(0)
+        mean[0] = mean[1]
+        measured[site.name] = np.maximum(mean, 1e-12)
+    report(f"sensitivity of {calibration.name}", total, total)
+    common = next(iter(measured.values()), np.ones(steps))
+    records = tuple(
+        SiteProfile(s.name, s.residual, s.flops_saved, s.bytes_kept, s.gram, measured.get(s.name, common)) for s in profile.sites
+    )
+    calibration.profile = Profile(steps, profile.total_flops, records, profile.clock, profile.fingerprint)
+    return calibration
+
+
+def _one_reuse(site: Site, steps: int, step: int, profile: Profile) -> Schedule:
+    cells = tuple(Forecast((step - 1,), (1.0,)) if k == step else COMPUTE for k in range(steps))
+    return Schedule(steps, (Row(site.name, site.residual, cells),), clock=profile.clock, origin="sensitivity")

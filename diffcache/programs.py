@@ -1,0 +1,126 @@
+"""Straight-line programs for the columns of a schedule, made on demand from one capture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from diffcache.graphs import count_ops
+from diffcache.lower import lower
+from diffcache.pipeline import PREPARE, SPECIALISE, PassReport, run_passes
+from diffcache.schedule import COMPUTE, Cell, Schedule
+from diffcache.sites import Site
+from diffcache.tracing import tree
+from diffcache.tracing.session import Bound
+from diffcache.tracing.variant import Variant
+
+History = dict[tuple[int, int, int], torch.Tensor]  # (row, value, step) -> what was kept
+
+
+class Program:
+    """One graph module with its calling convention: where each input comes from, what each write is."""
+
+    def __init__(self, module: fx.GraphModule, backend: str = "eager"):
+        self.module, self.run = module, lower(module, backend)
+        self.writes: list[tuple[int, int]] = module.meta["writes"]
+        self.history: list[tuple[int, int, int]] = module.meta["history"]
+        self.weights: list[int] = module.meta["weights"]
+        self.order = [str(node.target) for node in module.graph.nodes if node.op == "placeholder"][len(module.meta["inputs"]) :]
+
+    def __call__(
+        self, leaves: Sequence[Any], hoisted: Sequence[Any], history: History, cells: Sequence[Cell], weights: dict[int, torch.Tensor]
+    ) -> tuple[Any, tuple[torch.Tensor, ...]]:
+        """Returns (what the denoiser returns, the values to keep in the order of ``writes``)."""
+        extra: list[Any] = []
+        for name in self.order:
+            kind, _, rest = name.partition("_")
+            if kind == "hoisted":
+                extra.append(hoisted[int(rest)])
+            elif kind == "weights":
+                extra.append(weights[int(rest)])
+            else:
+                row, value, age = map(int, rest.split("_"))
+                extra.append(history[row, value, cells[row].steps[age]])  # type: ignore[union-attr]
+        return self.run(*leaves, *extra)
+
+
+class Programs:
+    """All programs of one captured variant: the prologue, and one program for each distinct column."""
+
+    def __init__(
+        self,
+        variant: Variant,
+        invariant: Collection[tree.Path],
+        sites: Sequence[Site],
+        *,
+        backend: str = "eager",
+        disable: Collection[str] = (),
+        title: str = "denoiser",
+    ):
+        self.variant, self.sites, self.backend, self.disable, self.title = variant, tuple(sites), backend, disable, title
+        options = {"hoist_step_invariant": {"invariant": frozenset(invariant)}}
+        self.reports: list[PassReport]
+        self.body, self.reports = run_passes(
+            variant.graph_module, PREPARE, options, title=f"{title}-prepare", disable=disable
+        )
+        prologue = self.body.meta.get("prologue")
+        self.prologue: Callable[..., Any] | None = None if prologue is None else lower(prologue, backend)
+        self.prologue_module: fx.GraphModule | None = prologue
+        self.paths: tuple[tree.Path, ...] = self.body.meta["inputs"]
+        self._programs: dict[Any, Program] = {}
+        self._owners = _owners(prologue) if prologue is not None else []
+
+    def leaves(self, bound: Bound) -> list[Any]:
+        return [tree.follow(bound, path) for path in self.paths]
+
+    def program(self, schedule: Schedule, step: int) -> Program:
+        """The program of one column; steps whose columns have the same structure share it."""
+        structure = schedule.structure(step)
+        found = self._programs.get(structure)
+        if found is None:
+            live = [row for row, site in enumerate(schedule.rows) if site.site in structure.writes]
+            found = self._specialise(schedule.column(step), live, f"{self.title}-column{len(self._programs):02d}")
+            self._programs[structure] = found
+        return found
+
+    def observing(self) -> Program:
+        """The program that computes everything and keeps every site's value."""
+        found = self._programs.get("observing")
+        if found is None:
+            rows = range(len(self.sites))
+            found = self._specialise((COMPUTE,) * len(rows), rows, f"{self.title}-observing")
+            self._programs["observing"] = found
+        return found
+
+    def full(self) -> Program:
+        """The program that computes everything and keeps nothing."""
+        found = self._programs.get("full")
+        if found is None:
+            found = self._programs["full"] = self._specialise((), (), f"{self.title}-full")
+        return found
+
+    def _specialise(self, cells: Sequence[Cell], live: Sequence[int], title: str) -> Program:
+        sites = self.sites if cells else ()
+        options = {"apply_schedule": {"sites": sites, "cells": cells}, "drop_dead_writes": {"live": live}}
+        module, reports = run_passes(self.body, SPECIALISE, options, title=title, disable=self.disable)
+        self.reports += reports
+        return Program(module, self.backend)
+
+    def hoisted_state(self) -> tuple[Any, ...]:
+        """Identity and version of every parameter that the prologue reads: changed weights mean running it again."""
+        tensors = [owner.get(name) for owner, name in self._owners]
+        return tuple((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors if t is not None)
+
+    def counts(self, schedule: Schedule) -> dict[str, int]:
+        """Ops of the capture, hoisted, and left in the cheapest column."""
+        steps = {schedule.structure(step): step for step in range(schedule.steps)}
+        ops = [count_ops(self.program(schedule, step).module.graph) for step in steps.values()]
+        hoisted = int(self.body.meta.get("hoisted", 0))
+        return {"nodes": count_ops(self.variant.graph_module.graph), "hoisted": hoisted, "kept": min(ops)}
+
+
+def _owners(module: fx.GraphModule) -> list[tuple[dict[str, Any], str]]:
+    return [(table, name) for m in module.modules() for table in (m._parameters, m._buffers) for name in table]

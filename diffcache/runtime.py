@@ -1,0 +1,321 @@
+"""``CachedDenoiser``: runs a schedule. The only place that holds state between calls: streams with their history."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffcache.call_pattern import CallPattern, host_value
+from diffcache.gates import StepInfo, make_gate
+from diffcache.ops import difference_form
+from diffcache.programs import History, Program, Programs
+from diffcache.schedule import Forecast, Schedule
+from diffcache.sites import Site
+from diffcache.tracing import tree
+from diffcache.tracing.captured import Captured
+from diffcache.tracing.errors import CaptureError, GuardFailed
+from diffcache.tracing.session import Bound
+from diffcache.tracing.variant import Variant
+
+MAX_STREAMS = 16
+SiteFinder = Callable[[Variant, Bound, Sequence[str]], Sequence[Site]]
+
+
+class Stream:
+    """The calls of one generation with one condition: where it is, what it keeps, what was hoisted for it."""
+
+    def __init__(self, owner: tuple[Any, ...], invariants: list[Any]):
+        self.owner = owner
+        self.invariants = [(leaf, _version(leaf)) for leaf in invariants]
+        self.position = -1
+        self.on_schedule = True
+        self.history: History = {}
+        self.hoisted: dict[int, tuple[Any, Sequence[Any]]] = {}
+        self.probe: torch.Tensor | None = None
+        self.accumulated, self.since = 0.0, 0
+
+    def restart(self) -> None:
+        self.position, self.on_schedule = -1, True
+        self.history, self.hoisted, self.probe = {}, {}, None
+        self.accumulated, self.since = 0.0, 0
+
+    def serves(self, owner: tuple[Any, ...], invariants: list[Any]) -> bool:
+        return self.owner == owner and len(invariants) == len(self.invariants) and all(
+            _unchanged(old, version, new) for (old, version), new in zip(self.invariants, invariants, strict=True)
+        )
+
+
+class CachedDenoiser(nn.Module):
+    """A denoiser that follows a reuse schedule, with the signature, attributes and state dict of the one it wraps.
+
+    It counts the calls of each stream (a sequence of calls with the same conditions), starts afresh at every
+    generation, and computes in full, saying so once, whatever does not match what it was calibrated for.
+    """
+
+    def __init__(
+        self,
+        captured: Captured,
+        schedule: Schedule,
+        pattern: CallPattern,
+        find_sites: SiteFinder,
+        *,
+        backend: str = "eager",
+        disable_passes: Sequence[str] = (),
+        title: str = "denoiser",
+    ):
+        super().__init__()
+        self.denoiser = captured.denoiser
+        object.__setattr__(self, "captured", captured)
+        self.schedule, self.pattern, self.backend, self.title = schedule, pattern, backend, title
+        self.disable_passes, self.report = tuple(disable_passes), None
+        self._find_sites = find_sites
+        self._programs: dict[tuple[int, tuple[str, ...]], Programs] = {}
+        self._streams: list[Stream] = []
+        self._weights: dict[Any, dict[int, torch.Tensor]] = {}
+        self._lock = threading.RLock()
+        self._context = threading.local()
+        self._said: set[str] = set()
+        self._gate = make_gate(schedule.gate.name, **schedule.gate.options) if schedule.gate is not None else None
+        self.steps_computed = self.steps_forecast = 0
+
+    captured: Captured
+
+    # -- what makes it look like the denoiser ------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("denoiser"), name)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return self.captured.signature
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.denoiser.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.denoiser.load_state_dict(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """Name the guidance branch of the calls inside, as diffusers' pipelines do."""
+        before = getattr(self._context, "name", "")
+        self._context.name = name
+        try:
+            yield
+        finally:
+            self._context.name = before
+
+    def reset(self) -> None:
+        """Forget every stream: the next call starts a generation."""
+        with self._lock:
+            self._streams.clear()
+
+    def with_schedule(self, schedule: Schedule) -> CachedDenoiser:
+        """The same denoiser under another schedule; captures and programs are shared."""
+        other = CachedDenoiser(self.captured, schedule, self.pattern, self._find_sites, backend=self.backend,
+                               disable_passes=self.disable_passes, title=self.title)  # fmt: skip
+        other._programs = self._programs
+        return other
+
+    # -- one call ----------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.captured.refused is not None:
+            return self.denoiser(*args, **kwargs)
+        bound = self.captured.bind(args, kwargs)
+        for variant in self.captured.candidates(bound):
+            try:
+                return self._step(variant, bound)
+            except GuardFailed:
+                continue
+        try:
+            variant = self.captured.add(bound)
+        except CaptureError as error:
+            if self.captured.on_uncapturable == "raise":
+                raise
+            self.captured.refused = str(error)
+            self.say_once(f"runs uncached: {error}")
+            return self.denoiser(*args, **kwargs)
+        return self._step(variant, bound)
+
+    def _step(self, variant: Variant, bound: Bound) -> Any:
+        programs = self.programs(variant, bound)
+        with self._lock:
+            stream = self._stream(bound)
+            step = self._position(stream, bound)
+        schedule, cells = self.schedule, ()
+        forecasts = step is not None and any(isinstance(cell, Forecast) for cell in schedule.column(step))
+        if self._gate is not None and not self._follow(stream, step, bound) and forecasts:
+            forecasts, step_program = False, programs.full()
+        elif step is None or not programs.sites:
+            step_program = programs.full()
+        else:
+            step_program, cells = programs.program(schedule, step), schedule.column(step)
+        leaves = programs.leaves(bound)
+        try:
+            hoisted = self._hoisted(stream, programs, leaves)
+            weights = self._step_weights(step, step_program, leaves) if cells else {}
+            result, written = step_program(leaves, hoisted, stream.history, cells, weights)
+        except GuardFailed:
+            raise
+        except BaseException:
+            with self._lock:  # an interrupted generation leaves nothing behind
+                self._streams = [s for s in self._streams if s is not stream]
+            raise
+        self._advance(stream, step, step_program if cells else None, written, forecasts)
+        return result
+
+    def programs(self, variant: Variant, bound: Bound) -> Programs:
+        """The programs of a variant; its sites are found by name, so a schedule applies at another resolution."""
+        names = tuple(row.site for row in self.schedule.rows)
+        found = self._programs.get((id(variant), names))
+        if found is None:
+            sites = self._find_sites(variant, bound, names) if names else ()
+            if len(sites) != len(names):
+                missing = sorted(set(names) - {site.name for site in sites})
+                self.say_once(f"sites {missing} are not in the graph of this call, which is computed in full")
+                sites = ()
+            found = Programs(variant, self.pattern.invariant, sites, backend=self.backend,
+                             disable=self.disable_passes, title=self.title)  # fmt: skip
+            self._programs[id(variant), names] = found
+        return found
+
+    def _stream(self, bound: Bound) -> Stream:
+        owner = (getattr(self._context, "name", ""), threading.get_ident(), torch.is_grad_enabled())
+        invariants = []
+        for path in self.pattern.invariant:
+            with contextlib.suppress(KeyError, IndexError, AttributeError, TypeError):
+                invariants.append(tree.follow(bound, path))
+        for stream in reversed(self._streams):
+            if stream.serves(owner, invariants):
+                return stream
+        stream = Stream(owner, invariants)
+        self._streams.append(stream)
+        del self._streams[:-MAX_STREAMS]
+        return stream
+
+    def _position(self, stream: Stream, bound: Bound) -> int | None:
+        """The step of this call, or None if it does not follow the schedule (then it is computed in full)."""
+        if not self.schedule.rows:
+            return 0 if self.schedule.steps else None
+        expected = stream.position + 1
+        clock = None
+        if self.pattern.clock is not None:
+            with contextlib.suppress(KeyError, IndexError, AttributeError, TypeError):
+                clock = host_value(tree.follow(bound, self.pattern.clock))
+        if clock is None:  # on a device: count calls
+            if expected >= self.schedule.steps:
+                stream.restart()
+            return stream.position + 1
+        table = self.schedule.clock
+        if expected < len(table) and _close(clock, table[expected]) and stream.on_schedule:
+            return expected
+        if table and _close(clock, table[0]):
+            stream.restart()
+            return 0
+        stream.on_schedule = False
+        self.say_once(
+            f"timestep {clock:g} is not what the schedule was calibrated for at step {expected} "
+            f"({f'{table[expected]:g}' if expected < len(table) else 'the generation had ended'}); such calls are computed "
+            "in full. Calibrate with the step count, resolution and sampler that you generate with."
+        )
+        return None
+
+    def _follow(self, stream: Stream, step: int | None, bound: Bound) -> bool:
+        """Ask the gate whether a forecast may be used at this step. Reads one number on the host."""
+        if self._gate is None or self.pattern.probe is None or step is None:
+            return True
+        probe = tree.follow(bound, self.pattern.probe)
+        change = 0.0
+        if stream.probe is not None:
+            change = float((probe - stream.probe).abs().mean() / stream.probe.abs().mean())
+        stream.probe = probe.detach().clone()
+        stream.accumulated += change
+        return self._gate(StepInfo(step, stream.since + 1, change, stream.accumulated))
+
+    def _hoisted(self, stream: Stream, programs: Programs, leaves: list[Any]) -> Sequence[Any]:
+        if programs.prologue is None:
+            return ()
+        state = programs.hoisted_state()
+        known = stream.hoisted.get(id(programs))
+        if known is None or known[0] != state:
+            known = stream.hoisted[id(programs)] = (state, programs.prologue(*leaves))
+        return known[1]
+
+    def _step_weights(self, step: int | None, program: Program, leaves: list[Any]) -> dict[int, torch.Tensor]:
+        if step is None or not program.weights:
+            return {}
+        device = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), torch.device("cpu"))
+        key = (step, device)
+        if key not in self._weights:
+            cells = self.schedule.column(step)
+            self._weights[key] = {
+                row: torch.tensor(difference_form(cell.weights), dtype=torch.float32, device=device)
+                for row, cell in enumerate(cells)
+                if isinstance(cell, Forecast)
+            }
+        return self._weights[key]
+
+    def _advance(self, stream: Stream, step: int | None, program: Program | None, written: Any, forecast: bool) -> None:
+        self.steps_forecast += forecast
+        self.steps_computed += not forecast
+        if step is None or not self.schedule.rows:
+            return
+        if program is not None:
+            for (row, value), tensor in zip(program.writes, written, strict=True):
+                stream.history[row, value, step] = tensor.detach() if tensor.requires_grad else tensor
+        live = self.schedule.live_after(step)
+        rows = {row: set(live.get(r.site, ())) for row, r in enumerate(self.schedule.rows)}
+        stream.history = {key: t for key, t in stream.history.items() if key[2] in rows[key[0]]}
+        stream.position = step
+        stream.since = stream.since + 1 if forecast else 0
+        if not forecast:
+            stream.accumulated = 0.0
+        if step == self.schedule.steps - 1:
+            with self._lock:
+                self._streams = [s for s in self._streams if s is not stream]
+
+    def say_once(self, message: str) -> None:
+        kind = message.partition(" ")[0]
+        if kind not in self._said:
+            self._said.add(kind)
+            warnings.warn(f"diffcache: {message}", stacklevel=4)
+
+    def extra_repr(self) -> str:
+        return f"schedule of {len(self.schedule.rows)} sites x {self.schedule.steps} steps"
+
+
+def _version(leaf: Any) -> Any:
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    if leaf.is_inference():  # writes leave no trace on it: keep a copy to compare with
+        return leaf.clone()
+    return leaf._version, leaf.data_ptr()
+
+
+def _unchanged(old: Any, version: Any, new: Any) -> bool:
+    """Whether an invariant input is what it was, decided without waiting for a device."""
+    if not isinstance(new, torch.Tensor) or not isinstance(old, torch.Tensor):
+        return type(old) is type(new) and bool(old == new)
+    if isinstance(version, torch.Tensor):
+        return new.device.type == "cpu" and new.dtype == version.dtype and torch.equal(new, version)
+    if (old._version, old.data_ptr()) != version:
+        return False
+    if new is old:
+        return True
+    same_kind = new.shape == old.shape and new.dtype == old.dtype and new.device == old.device
+    return same_kind and new.device.type == "cpu" and torch.equal(new, old)
+
+
+def _close(a: float, b: float) -> bool:
+    return abs(a - b) <= 1e-6 * max(abs(a), abs(b), 1e-6)

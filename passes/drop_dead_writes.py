@@ -1,0 +1,30 @@
+"""Exact. Keep in history only what a later column of the schedule reads.
+
+Before::
+
+    return (result, (%7, %9))           # writes (0, 0) and (1, 0)
+
+After (only site 1 is read later)::
+
+    return (result, (%9,))
+
+Needs ``apply_schedule``; ``live`` are the rows that ``Schedule.writes`` names for this step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import fx
+
+from diffcache.graphs import find_output
+
+
+def drop_dead_writes(gm: fx.GraphModule, *, live: Collection[int] = ()) -> fx.GraphModule:
+    """Drop written values of rows that are not ``live``."""
+    end = find_output(gm.graph)
+    result, values = end.args[0]  # type: ignore[misc]
+    kept = [(place, value) for place, value in zip(gm.meta["writes"], values, strict=True) if place[0] in live]
+    gm.meta["writes"] = [place for place, _ in kept]
+    end.args = ((result, tuple(value for _, value in kept)),)
+    return gm
