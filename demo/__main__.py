@@ -1,4 +1,4 @@
-"""Compile the digits pipeline, generate pictures it was not calibrated on, and show what it cost and what it changed."""
+"""Compile the digits pipeline, generate pictures it was not calibrated on, show what that cost and what it changed."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ def compare(pipe: Any, fast: Any, seeds: tuple[int, ...], quick: bool) -> list[R
     for order in () if quick else (1, 2):
         recipe = recipes.evenly(computed=computed, predictor="taylor", order=order, site=site)
         taylor = diffcache.compile(pipe, _items(CALIBRATION[:1]), recipe=recipe, verbose=False, judge_prompts=1)
-        ways.append((f"Taylor {order}, even spacing", taylor, STEPS, f"{computed} of {STEPS}", taylor.schedule.flops_fraction))
+        ways.append(
+            (f"Taylor {order}, even spacing", taylor, STEPS, f"{computed} of {STEPS}", taylor.schedule.flops_fraction)
+        )
     rows = []
     for name, model, steps, full, flops in ways:
         generate(model, steps, seeds[:1])  # programs are made at the first generation
@@ -109,7 +111,9 @@ def draw(fast: Any, rows: list[Row], out: Path) -> list[Path]:
     figures.picture_grid(uncached.images[: len(HELD_OUT)], cached.images[: len(HELD_OUT)], HELD_OUT, title, files[0])
     figures.schedule_grid(schedule, files[1])
     shown = list(dict.fromkeys([schedule.rows[0].site, "output", *(site.name for site in profile.sites)]))[:3]
-    figures.similarity_map({n: gram.relative_l2(profile.site(n).gram) for n in shown if n in {s.name for s in profile.sites}}, files[2])
+    figures.similarity_map(
+        {n: gram.relative_l2(profile.site(n).gram) for n in shown if n in {s.name for s in profile.sites}}, files[2]
+    )
     return files
 
 
@@ -124,7 +128,9 @@ def main() -> int:
     pipe = DigitsPipeline.from_pretrained(MODEL)
     pipe.set_progress_bar_config(disable=True)
     parameters = sum(p.numel() for p in pipe.transformer.parameters())
-    console.print(f"A text-to-digit pipeline of diffusers' own parts, {parameters / 1e6:.1f} M parameters, {STEPS} steps.")
+    console.print(
+        f"A text-to-digit pipeline of diffusers' own parts, {parameters / 1e6:.1f} M parameters, {STEPS} steps."
+    )
     console.print("Calibrating, searching and judging (live on the error stream) ...")
     calibration = CALIBRATION[:2] if options.quick else CALIBRATION
     fast = diffcache.compile(pipe, _items(calibration), budget=diffcache.Speedup(options.speedup), verbose=True)

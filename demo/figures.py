@@ -8,18 +8,20 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend is chosen first)
-from matplotlib.colors import ListedColormap  # noqa: E402
-from numpy.typing import NDArray  # noqa: E402
+from matplotlib import pyplot as plt
+from matplotlib.colors import ListedColormap
+from numpy.typing import NDArray
 
-from diffcache.schedule import Schedule  # noqa: E402
+from diffcache.schedule import Schedule
 
 INK, MUTED = "#1b2733", "#7a8794"
 KINDS = {"C": "#1f4e79", "r": "#f2b134", "f": "#7fb2d9", ".": "#eef1f4"}
 LABELS = {"C": "computed", "r": "reused", "f": "forecast", ".": "skipped"}
 
 
-def picture_grid(uncached: NDArray[np.float64], cached: NDArray[np.float64], prompts: list[str], title: str, file: Path) -> None:
+def picture_grid(
+    uncached: NDArray[np.float64], cached: NDArray[np.float64], prompts: list[str], title: str, file: Path
+) -> None:
     """Rows uncached / cached / difference x 8, one column for each picture; images are [N, H, W] in 0..1."""
     count = len(prompts)
     figure, axes = plt.subplots(3, count, figsize=(1.15 * count + 0.9, 4.3), layout="constrained")
@@ -47,7 +49,10 @@ def _wrapped(prompt: str) -> str:
 def schedule_grid(schedule: Schedule, file: Path) -> None:
     """Sites x steps, one colour for each kind of cell."""
     order = "".join(KINDS)
-    cells = [[order.index(schedule.structure(step).kinds[row]) for step in range(schedule.steps)] for row in range(len(schedule.rows))]
+    cells = [
+        [order.index(schedule.structure(step).kinds[row]) for step in range(schedule.steps)]
+        for row in range(len(schedule.rows))
+    ]
     height = 1.5 + 0.3 * len(schedule.rows)
     figure, axis = plt.subplots(figsize=(8.5, height), layout="constrained")
     axis.imshow(cells, cmap=ListedColormap(list(KINDS.values())), vmin=-0.5, vmax=len(KINDS) - 0.5, aspect="auto")
@@ -76,7 +81,9 @@ def _short(name: str) -> str:
 
 def similarity_map(matrices: dict[str, NDArray[np.float64]], file: Path) -> None:
     """Relative L2 change of each site's value between any two steps (dark: nearly the same)."""
-    figure, axes = plt.subplots(1, len(matrices), figsize=(3.4 * len(matrices) + 0.8, 3.5), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(matrices), figsize=(3.4 * len(matrices) + 0.8, 3.5), layout="constrained", squeeze=False
+    )
     top = max(float(m.max()) for m in matrices.values())
     for axis, (name, matrix) in zip(axes[0], matrices.items(), strict=True):
         shown = axis.imshow(matrix, cmap="viridis", vmin=0, vmax=min(top, 1.5), origin="lower")

@@ -2,7 +2,7 @@
 
 from diffcache import recipes
 from diffcache.budget import Exact, Quality, Speedup
-from diffcache.compiler import compile, profile, search  # noqa: A004
+from diffcache.compiler import compile, profile, search
 from diffcache.runtime import CachedDenoiser
 from diffcache.saving import load
 from diffcache.schedule import Schedule

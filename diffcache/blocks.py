@@ -154,10 +154,15 @@ def _anchor(flow: Flow, value: fx.Node, boundary: Sequence[fx.Node]) -> fx.Node 
     fitting = [
         node
         for node in boundary
-        if node is not value and flow.readable(node) and flow.alike(node, value) and flow.index[node] < flow.index[value]
+        if node is not value
+        and flow.readable(node)
+        and flow.alike(node, value)
+        and flow.index[node] < flow.index[value]
     ]
     stream = flow.stream(value) if len(fitting) > 1 else set()
-    return max(fitting, key=lambda node: (flow.carries_latent(node), node in stream, node.op != "placeholder"), default=None)
+    return max(
+        fitting, key=lambda node: (flow.carries_latent(node), node in stream, node.op != "placeholder"), default=None
+    )
 
 
 def _paired(flow: Flow, values: Sequence[fx.Node], boundary: Sequence[fx.Node]) -> tuple[fx.Node | None, ...]:
@@ -215,7 +220,9 @@ def _child(flow: Flow, block: Block, call: int, name: str) -> Candidate | None:
     if flow.call_flops[call] < _CHILD_SHARE * flow.call_flops[block.call] or not 0 < len(outputs) <= 2:
         return None
     attends = _attends(flow, call)
-    if not _cacheable(flow, outputs) or (flow.calls[call].leaf and not attends and not _closes(flow, call, outputs, block)):
+    if not _cacheable(flow, outputs) or (
+        flow.calls[call].leaf and not attends and not _closes(flow, call, outputs, block)
+    ):
         return None
     role, short = ("attention", "attn") if attends else ("feedforward", "ff")
     return Candidate(role, f"{short}:{name}", outputs, (None,) * len(outputs), flow.calls[call].path)

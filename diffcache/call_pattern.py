@@ -74,10 +74,12 @@ def _digest(leaf: Any) -> int:
     if not isinstance(leaf, torch.Tensor):
         return hash((type(leaf), leaf))
     data = leaf.detach().to("cpu").contiguous()
-    return hash((tuple(data.shape), data.dtype, data.view(-1).view(torch.uint8).numpy().tobytes() if data.numel() else b""))
+    return hash(
+        (tuple(data.shape), data.dtype, data.view(-1).view(torch.uint8).numpy().tobytes() if data.numel() else b"")
+    )
 
 
-def find_pattern(generations: Sequence[Sequence[LoggedCall]]) -> CallPattern:
+def find_pattern(generations: Sequence[Sequence[LoggedCall]], min_steps: int = 4) -> CallPattern:
     """Tell streams, invariant inputs and the clock apart from the logged calls; sets ``LoggedCall.stream``.
 
     Raises:
@@ -94,10 +96,10 @@ def find_pattern(generations: Sequence[Sequence[LoggedCall]]) -> CallPattern:
             call.stream = keys.setdefault(key, len(keys))
     lengths = [sum(call.stream == s for call in calls) for s in range(1 + max(call.stream for call in calls))]
     steps = max(lengths)
-    if steps < 4:
+    if steps < min_steps:
         raise ValueError(
             f"the denoiser was called {len(calls)} times in {len(lengths)} streams of at most {steps} steps; "
-            "nothing can be reused in fewer than 4 steps. Calibrate with the step count you generate with."
+            f"nothing can be reused in fewer than {min_steps} steps. Calibrate with the step count you generate with."
         )
     main = [call for call in calls if call.stream == lengths.index(steps)]
     varying = [path for path in paths if path not in invariant]

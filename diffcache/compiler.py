@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from diffcache.pipeline import disabled_passes
 from diffcache.profile_record import Profile
 from diffcache.profiling import Calibration, Generate, SiteFinder, calibrate
 from diffcache.progress import Report, display
-from diffcache.recipes import Recipe
+from diffcache.recipes import Recipe, evenly
 from diffcache.report import CompileReport, relative_error
 from diffcache.runtime import CachedDenoiser
 from diffcache.saving import attach
@@ -77,8 +79,7 @@ def _sampler(sample: Sample, items: Sequence[Any], seed: int) -> Generate:
         last: list[torch.Tensor] = []
         hook = denoiser.register_forward_hook(lambda module, args, out: last.append(pipelines.flat(out)))
         try:
-            with torch.random.fork_rng(devices=[]), torch.no_grad():
-                torch.manual_seed(seed + index)
+            with pipelines.seeded(seed + index), torch.no_grad():
                 result = pipelines.flat(sample(denoiser, items[index]))
         finally:
             hook.remove()
@@ -88,9 +89,15 @@ def _sampler(sample: Sample, items: Sequence[Any], seed: int) -> Generate:
 
 
 def profile(
-    model: Any, calib_prompts: Sequence[Any], *, sample: Sample | None = None, seed: int = 0, verbose: bool | None = None,
-    leaf_modules: Sequence[Any] = (), sensitivity_prompts: int = 1,
-) -> Calibration:  # fmt: skip
+    model: Any,
+    calib_prompts: Sequence[Any],
+    *,
+    sample: Sample | None = None,
+    seed: int = 0,
+    verbose: bool | None = None,
+    leaf_modules: Sequence[Any] = (),
+    sensitivity_prompts: int = 1,
+) -> Calibration:
     """Run the calibration prompts uncached and measure every site: the first half of ``compile``, usable alone.
 
     Returns:
@@ -109,11 +116,13 @@ def profile(
 
 def search(profiled: Calibration | Profile, budget: Budget, **options: Any) -> list[Schedule]:
     """Schedules within the budget, best predicted first (see ``diffcache.searching.search`` for the options)."""
-    record = profiled.profile if isinstance(profiled, Calibration) else profiled
-    return searching.search(record, budget, **options)
+    if isinstance(profiled, Calibration):
+        options = {"sites": profiled.searchable or None, **options}
+        return searching.search(profiled.profile, budget, **options)
+    return searching.search(profiled, budget, **options)
 
 
-def compile(  # noqa: A001  (torch's own word for it)
+def compile(
     model: Any,
     calib_prompts: Sequence[Any],
     *,
@@ -145,7 +154,8 @@ def compile(  # noqa: A001  (torch's own word for it)
         proposals, judge_prompts: how many of the search's best schedules are tried, on how many of the prompts.
         sensitivity_prompts: prompts used to measure how an error at each step reaches the result.
         seed: prompt ``i`` is generated from ``seed + i`` unless it brings its own generator.
-        verbose: show progress and the report; default: on a terminal.
+        verbose: True shows progress, False says nothing; by default there are progress bars on a terminal, and
+            the report (how many nodes of how many are cached, hoisted and kept) goes to stderr.
 
     Returns:
         A pipeline of the same class with the denoiser replaced, or a ``CachedDenoiser``; with ``.schedule``,
@@ -161,29 +171,70 @@ def compile(  # noqa: A001  (torch's own word for it)
         raise ValueError(f"on_uncapturable is {on_uncapturable!r}; expected 'raise' or 'eager'")
     check_backend(backend)
     disabled_passes(disable_passes)
-    cached: dict[str, CachedDenoiser] = {}
+    effort = _Effort(budget, recipe, proposals, judge_prompts, sensitivity_prompts, tuple(leaf_modules))
     options = {"backend": backend, "disable_passes": tuple(disable_passes)}
+    cached: dict[str, CachedDenoiser] = {}
     with display(_watched(verbose)) as report:
         for target in find_targets(model, calib_prompts, sample, seed):
-            exact = isinstance(budget, Exact) and recipe is None
-            measured = 0 if exact or recipe is not None else min(sensitivity_prompts, len(calib_prompts))
             try:
-                calibration = calibrate(
-                    target.denoiser, target.generate, 1 if exact else len(calib_prompts), name=target.name,
-                    leaf_modules=leaf_modules, sensitivity_prompts=measured, report=report,
-                )  # fmt: skip
+                cached[target.name] = _compile_one(target, len(calib_prompts), effort, options, report)
             except CaptureError as error:
                 if on_uncapturable == "raise":
                     raise
                 warnings.warn(f"{target.name} runs uncached: {error}", stacklevel=2)
                 cached[target.name] = _uncached(target, str(error))
-                continue
-            candidates = _candidates(calibration, budget, recipe, proposals)
-            cached[target.name] = _judge(calibration, target, candidates, min(judge_prompts, len(calib_prompts)), options, report)
     for denoiser in cached.values():
-        if _watched(verbose) and denoiser.report is not None:
-            print(denoiser.report, denoiser.schedule, sep="\n", file=sys.stderr)
+        if denoiser.report is not None:
+            _tell(denoiser, verbose)
     return attach(model, cached)
+
+
+@dataclass(frozen=True)
+class _Effort:
+    """What is asked for, and how much may be tried for it."""
+
+    budget: Budget
+    recipe: Recipe | None
+    proposals: int
+    judge_prompts: int
+    sensitivity_prompts: int
+    leaf_modules: tuple[Any, ...]
+
+    @property
+    def searches(self) -> bool:
+        return self.recipe is None and not isinstance(self.budget, Exact)
+
+    @property
+    def exact(self) -> bool:
+        return self.recipe is None and isinstance(self.budget, Exact)
+
+
+def _compile_one(
+    target: Target, prompts: int, effort: _Effort, options: dict[str, Any], report: Report
+) -> CachedDenoiser:
+    calibration = calibrate(
+        target.denoiser,
+        target.generate,
+        1 if effort.exact else prompts,
+        name=target.name,
+        leaf_modules=effort.leaf_modules,
+        sensitivity_prompts=min(effort.sensitivity_prompts, prompts) if effort.searches else 0,
+        min_steps=1 if effort.exact else 4,
+        report=report,
+    )
+    candidates = _candidates(calibration, effort)
+    return _judge(calibration, target, candidates, min(effort.judge_prompts, prompts), options, report)
+
+
+def _tell(denoiser: CachedDenoiser, verbose: bool | None) -> None:
+    """Say in numbers what was done: on standard error, and in ``DIFFCACHE_DUMP``."""
+    text = f"{denoiser.report}\n{denoiser.schedule}\n"
+    if verbose is not False:
+        print(text, end="", file=sys.stderr)
+    if folder := os.environ.get("DIFFCACHE_DUMP"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, f"{denoiser.title}-captured.txt").write_text(f"{denoiser.captured}\n")
+        Path(folder, f"{denoiser.title}-schedule.txt").write_text(text)
 
 
 def _watched(verbose: bool | None) -> bool:
@@ -196,25 +247,43 @@ def site_choices(calibration: Calibration) -> list[SiteChoice]:
     return [SiteChoice(s.name, s.residual, s.flops_saved / total, s.role) for s in calibration.sites.values()]
 
 
-def _candidates(calibration: Calibration, budget: Budget, recipe: Recipe | None, proposals: int) -> list[Schedule]:
-    record = calibration.profile
-    if recipe is not None:
-        found = [recipe.schedule(record.steps, site_choices(calibration))]
+def _candidates(calibration: Calibration, effort: _Effort) -> list[Schedule]:
+    """Schedules to judge. Raises ValueError if a budget that asked for reuse gets none."""
+    record, budget = calibration.profile, effort.budget
+    if effort.recipe is not None:
+        found = [effort.recipe.schedule(record.steps, site_choices(calibration))]
     elif isinstance(budget, Exact):
         found = [Schedule.exact(record.steps)]
     else:
-        found = searching.search(record, budget, proposals=proposals)
-    if not found or (not isinstance(budget, Exact) and all(s.flops_fraction >= 1.0 for s in found)):
+        found = search(calibration, budget, proposals=effort.proposals)
+        found += _baselines(calibration, budget, found)
+    if not found or (not effort.exact and all(s.flops_fraction >= 1.0 for s in found)):
         raise ValueError(
-            f"{budget} leaves nothing to reuse for {calibration.name}: every schedule within it computes all steps. Ask for "
-            "less quality, or pass budget=diffcache.Exact() if only exact passes are wanted."
+            f"{budget} leaves nothing to reuse for {calibration.name}: every schedule within it computes all steps. "
+            "Ask for less quality, or pass budget=diffcache.Exact() if only exact passes are wanted."
         )
     graph = graph_fingerprint(calibration.captured.graph_module.graph)
     return [replace(schedule, clock=record.clock, fingerprint=graph) for schedule in found]
 
 
+def _baselines(calibration: Calibration, budget: Budget, found: Sequence[Schedule]) -> list[Schedule]:
+    """Evenly spaced forecasts at the cost of the best proposal: the search must beat them in real generations."""
+    computing = [schedule for schedule in found if schedule.rows]
+    if not computing or not isinstance(budget, Speedup):
+        return []
+    best, choices = computing[0], site_choices(calibration)
+    site, computed = best.rows[0].site, len(best.computed_steps())
+    ways = (("newton", 2), ("taylor", 1), ("taylor", 2))
+    return [evenly(computed=computed, predictor=p, order=o, site=site).schedule(best.steps, choices) for p, o in ways]
+
+
 def _judge(
-    calibration: Calibration, target: Target, candidates: Sequence[Schedule], prompts: int, options: dict[str, Any], report: Report
+    calibration: Calibration,
+    target: Target,
+    candidates: Sequence[Schedule],
+    prompts: int,
+    options: dict[str, Any],
+    report: Report,
 ) -> CachedDenoiser:
     """Real generations under each proposal; the one nearest to the uncached results is kept."""
     best: tuple[float, CachedDenoiser] | None = None
@@ -227,7 +296,9 @@ def _judge(
             errors.append(relative_error(target.generate(denoiser, prompt), calibration.references[prompt]))
         error = sum(errors) / len(errors)
         if not error == error:
-            raise ValueError(f"schedule {schedule.origin} gives NaN on calibration prompts; this is a defect, please report it")
+            raise ValueError(
+                f"schedule {schedule.origin} gives NaN on calibration prompts; this is a defect, please report it"
+            )
         considered.append({"origin": schedule.origin, "flops_fraction": schedule.flops_fraction, "error": error})
         if best is None or error < best[0]:
             best = (error, denoiser)
@@ -246,18 +317,30 @@ def _report(
     predicted = None
     if schedule.rows and all(any(s.name == row.site for s in record.sites) for row in schedule.rows):
         predicted = max(searching.predicted_error(record, schedule), 0.0) ** 0.5
-    counts = next(iter(chosen._programs.values())).counts(schedule)
+    programs = [p for p in chosen._programs.values() if len(p.sites) == len(schedule.rows)]
+    counts = programs[0].counts(schedule)
     times = []
     for denoiser in (calibration.captured.denoiser, chosen):
         start = time.perf_counter()
         target.generate(denoiser, 0)
         times.append(time.perf_counter() - start)
+    cached = counts["nodes"] - counts["hoisted"] - counts["kept"] if schedule.rows else 0
     return CompileReport(
-        calibration.name, schedule.origin, schedule.steps, len(schedule.computed_steps()), counts["nodes"], counts["hoisted"],
-        max(counts["nodes"] - counts["hoisted"] - counts["kept"], 0) if schedule.rows else 0, counts["kept"],
-        1.0 / schedule.flops_fraction, predicted, error, times[0] / times[1],
-        tuple(row.site for row in schedule.rows), considered,
-    )  # fmt: skip
+        denoiser=calibration.name,
+        origin=schedule.origin,
+        steps=schedule.steps,
+        computed=len(schedule.computed_steps()),
+        nodes=counts["nodes"],
+        hoisted=counts["hoisted"],
+        cached=max(cached, 0),
+        kept=counts["kept"],
+        flops_speedup=1.0 / schedule.flops_fraction,
+        predicted_error=predicted,
+        measured_error=error,
+        wall_speedup=times[0] / times[1],
+        sites=tuple(row.site for row in schedule.rows),
+        considered=considered,
+    )
 
 
 def _uncached(target: Target, reason: str) -> CachedDenoiser:

@@ -200,7 +200,9 @@ def _private(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 
-def measure_cost(graph_module: fx.GraphModule, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Cost:
+def measure_cost(
+    graph_module: fx.GraphModule, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+) -> Cost:
     """FLOPs of every node of a captured graph, from one run of it on these arguments.
 
     Random generators and buffers are left as they were found, and arguments that the graph writes into are not changed.

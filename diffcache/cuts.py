@@ -26,7 +26,7 @@ _MAX_CUT = 3
 
 
 def output_candidates(flow: Flow) -> Iterator[Candidate]:
-    """The output tensors; where one cannot be cached (an input handed through, memory written in place), the values behind it."""
+    """The output tensors; where one cannot be cached (an input, memory written in place), a value before them."""
     computed = [node for node in flow.output_tensors if node.meta.get("tainted") and node.op.startswith("call_")]
     values = tuple(node for node in computed if flow.eligible(node))
     if values and len(values) == len([n for n in computed if _floating(flow, n)]):
@@ -62,7 +62,9 @@ def deep_candidates(flow: Flow, blocks: Sequence[Block]) -> list[Candidate]:
     """
     below = _fed_only(flow)
     weight = {node: sum(flow.flops.get(n.name, 0.0) for n in nodes) for node, nodes in below.items()}
-    found = [node for node in below if _spans_modules(flow, blocks, below[node]) and not _within_block(flow, blocks, node)]
+    found = [
+        node for node in below if _spans_modules(flow, blocks, below[node]) and not _within_block(flow, blocks, node)
+    ]
     names = _makers(flow)
     seen: Counter[str] = Counter()
     candidates = []
@@ -70,7 +72,9 @@ def deep_candidates(flow: Flow, blocks: Sequence[Block]) -> list[Candidate]:
         seen[names[node]] += 1
         suffix = f"#{seen[names[node]]}" if seen[names[node]] > 1 else ""
         path = str(node.meta.get("path", ""))
-        candidates.append(Candidate("deep" if rank else "deepest", f"deep:{names[node]}{suffix}", (node,), (None,), path))
+        candidates.append(
+            Candidate("deep" if rank else "deepest", f"deep:{names[node]}{suffix}", (node,), (None,), path)
+        )
     return candidates
 
 
@@ -109,7 +113,7 @@ def _cacheable(
 
 
 def _is_bypassed(flow: Flow, node: fx.Node, join: fx.Node, children: dict[fx.Node, list[fx.Node]]) -> bool:
-    """Whether the join's other operand comes from a computed value that ``node`` depends on: a skip around its branch."""
+    """Whether the join's other operand comes from a computed value that ``node`` depends on: a skip around it."""
     operands = flow.inputs[join]
     if target_name(join, flow.module) not in JOINS or node not in operands:
         return False
@@ -117,7 +121,9 @@ def _is_bypassed(flow: Flow, node: fx.Node, join: fx.Node, children: dict[fx.Nod
     for other in operands:
         made = _subtree(other, children) if flow.post_dominators.get(other) is join else [other]
         skips = {other, *(source for n in made for source in flow.inputs[n])} if other is not node else set()
-        if any(n in before and n in flow.from_latent and n.op.startswith("call_") and "input" not in n.meta for n in skips):
+        if any(
+            n in before and n in flow.from_latent and n.op.startswith("call_") and "input" not in n.meta for n in skips
+        ):
             return True
     return False
 
@@ -178,7 +184,9 @@ def _minimum_cut(flow: Flow, point: float) -> tuple[fx.Node, ...]:
     """
     network: networkx.DiGraph = networkx.DiGraph()
     network.add_nodes_from(("source", "sink"))
-    begun = dict(zip(flow.order, accumulate((flow.flops.get(n.name, 0.0) for n in flow.order), initial=0.0), strict=False))
+    begun = dict(
+        zip(flow.order, accumulate((flow.flops.get(n.name, 0.0) for n in flow.order), initial=0.0), strict=False)
+    )
     early = {node for node in flow.order if begun[node] < (point + _CUT_WINDOW) * flow.total and node.op != "output"}
     for node in flow.order:
         if node not in flow.from_latent or node not in early:

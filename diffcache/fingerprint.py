@@ -18,7 +18,11 @@ def graph_fingerprint(graph: fx.Graph) -> str:
     """Ops and module paths in order; sizes do not count, so another resolution has the same one."""
     parts = []
     for node in graph.nodes:
-        target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", type(node.target).__name__)
+        target = (
+            node.target
+            if isinstance(node.target, str)
+            else getattr(node.target, "__name__", type(node.target).__name__)
+        )
         parts.append(f"{node.op}:{target}:{node.meta.get('path', '')}")
     return _digest(parts)
 

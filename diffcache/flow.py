@@ -279,7 +279,7 @@ class Flow:
 
 
 def _data_sources(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose values this one depends on, without tensors that are asked for their shape, dtype or device only."""
+    """The nodes whose values this one depends on; tensors asked for their shape, dtype or device only do not count."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if node.op.startswith("call_") and name in _SHAPED_LIKE and node.args:
         hidden = set(node.all_input_nodes) - set(node.meta.get("deps", ()))

@@ -8,7 +8,7 @@ from torch import fx
 
 
 def copy_graph_module(module: fx.GraphModule) -> fx.GraphModule:
-    """A GraphModule with a graph of its own over the same submodules and tensors; ``meta["deps"]`` point into the copy."""
+    """A GraphModule with its own graph over the same submodules and tensors; ``meta["deps"]`` point into the copy."""
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(module.graph, mapping)

@@ -86,7 +86,8 @@ def run_passes(
     """
     skip = disabled_passes(disable)
     folder = dump or os.environ.get("DIFFCACHE_DUMP")
-    module, reports = copy_graph_module(module), []
+    module = copy_graph_module(module)
+    reports: list[PassReport] = []
     _dump(folder, title, 0, "input", module)
     for number, pass_ in enumerate(passes, 1):
         name = pass_.__name__
@@ -108,12 +109,14 @@ def run_passes(
 
 
 def verify(module: fx.GraphModule) -> None:
-    """Check what every stage promises: defined before use, every attribute present, writes before the reads they feed."""
+    """Check what every stage promises: defined before use, every attribute present, writes before reads they feed."""
     module.graph.lint()
     order = {node: index for index, node in enumerate(module.graph.nodes)}
     for node in module.graph.nodes:
         for dep in node.meta.get("deps", ()):
-            assert dep not in order or order[dep] < order[node], f"{node.name} needs the write {dep.name}, which comes later"
+            assert dep not in order or order[dep] < order[node], (
+                f"{node.name} needs the write {dep.name}, which comes later"
+            )
 
 
 def bisect_passes(is_bad: Callable[[frozenset[str]], bool]) -> str | None:

@@ -1,7 +1,7 @@
 """Calibration: run the prompts uncached, keep a sketch of every site's value at every step, measure sensitivity.
 
-A value v of any size is kept as a random projection of ``SKETCH`` numbers (a count sketch with fixed signs), whose inner
-products estimate <v, w>; memory does not grow with the model.
+A value v of any size is kept as a random projection of ``SKETCH`` numbers (a count sketch with fixed signs), whose
+inner products estimate <v, w>; memory does not grow with the model.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -34,8 +34,9 @@ from diffcache.tracing.variant import Variant
 
 SKETCH = 4096
 MAX_SITES = 48
-# The result is most sensitive to errors of these sites; others borrow the stack's (or output's) sensitivity.
+# Schedules are searched for these sites and for others that stand for the same values (another anchor).
 MEASURED_ROLES = ("stack", "output", "deepest")
+SENSITIVITY_POINTS = 10
 
 Generate = Callable[[nn.Module, int], torch.Tensor]  # (denoiser, index of the prompt) -> flat result
 
@@ -51,6 +52,7 @@ class Calibration:
     profile: Profile
     references: list[torch.Tensor] = field(repr=False)
     finder: SiteFinder = field(repr=False)
+    searchable: tuple[str, ...] = ()
 
     def cached(self, schedule: Schedule, **options: Any) -> CachedDenoiser:
         """The denoiser under a schedule over this calibration's sites."""
@@ -84,7 +86,7 @@ class _Observer(nn.Module):
         super().__init__()
         self.denoiser = captured.denoiser
         object.__setattr__(self, "captured", captured)
-        self.finder, self.sites, self.total = finder, [], 0.0
+        self.finder, self.sites, self.everywhere, self.total = finder, [], set(), 0.0
         self.calls: list[LoggedCall] = []
         self.sketches: list[torch.Tensor] = []
         self._programs: dict[int, Programs] = {}
@@ -92,6 +94,7 @@ class _Observer(nn.Module):
 
     captured: Captured
     sites: list[Site]
+    everywhere: set[str]  # sites of every graph seen: a branch on the timestep may lack some
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -120,6 +123,7 @@ class _Observer(nn.Module):
             cost, sites = self.finder.all(variant, bound)
             if not self.sites:
                 self.sites, self.total = _chosen(sites, cost), cost.total
+                self.everywhere = {site.name for site in self.sites}
             here = {site.name: site for site in sites}
             kept = [here[site.name] for site in self.sites if site.name in here]
             programs = self._programs[id(variant)] = Programs(variant, (), kept, title="profile")
@@ -128,6 +132,7 @@ class _Observer(nn.Module):
         hoisted = programs.prologue(*programs.leaves(bound)) if programs.prologue is not None else ()
         result, kept_values = program(programs.leaves(bound), hoisted, {}, cells, {})
         names = [site.name for site in programs.sites]
+        self.everywhere &= set(names)
         by_site = {name: torch.zeros(SKETCH) for name in names}
         for (row, value), tensor in zip(program.writes, kept_values, strict=True):
             by_site[names[row]] = by_site[names[row]] + sketch(tensor, salt=value)
@@ -140,7 +145,9 @@ class _Observer(nn.Module):
 def _chosen(sites: Sequence[Site], cost: Cost) -> list[Site]:
     """Sites worth profiling: named roles first, then those that save most."""
     worthwhile = [site for site in sites if site.flops_saved > 0.01 * cost.total]
-    first = [site for site in worthwhile if site.role in ("stack", "stack0", "stack2", "output", "deepest", "deep", "cut")]
+    first = [
+        site for site in worthwhile if site.role in ("stack", "stack0", "stack2", "output", "deepest", "deep", "cut")
+    ]
     return (first + [site for site in worthwhile if site not in first])[:MAX_SITES]
 
 
@@ -148,7 +155,7 @@ _SIGNS: dict[tuple[int, int], torch.Tensor] = {}
 
 
 def sketch(value: torch.Tensor, salt: int = 0) -> torch.Tensor:
-    """A projection to ``SKETCH`` numbers: E<sketch(v), sketch(w)> = <v, w>; exact up to order when v is small enough."""
+    """A projection to ``SKETCH`` numbers: E<sketch(v), sketch(w)> = <v, w>; a small v is only reordered."""
     flat = value.detach().flatten().to("cpu", torch.float32)
     rows = math.ceil(flat.numel() / SKETCH)
     key = (rows, salt)
@@ -167,12 +174,13 @@ def calibrate(
     name: str = "denoiser",
     leaf_modules: Sequence[Any] = (),
     sensitivity_prompts: int = 1,
+    min_steps: int = 4,
     report: Report = silent,
 ) -> Calibration:
     """Profile one denoiser over ``prompts`` generations.
 
     Raises:
-        ValueError: the sampler never calls the denoiser, calls it fewer than four times, or gives NaN.
+        ValueError: the sampler never calls the denoiser, calls it fewer than ``min_steps`` times, or gives NaN.
         CaptureError: the denoiser cannot be captured exactly.
     """
     captured = Captured(denoiser, leaf_modules=leaf_modules)
@@ -187,23 +195,29 @@ def calibrate(
         result = generate(observer, index)
         if not observer.calls:
             raise ValueError(
-                f"generating calibration prompt {index} never called the denoiser ({name}); sample(denoiser, item) must "
-                "run one whole generation by calling the denoiser it is given"
+                f"generating calibration prompt {index} never called the denoiser ({name}); sample(denoiser, item) "
+                "must run one whole generation by calling the denoiser it is given"
             )
         if not bool(torch.isfinite(result).all()):
-            raise ValueError(f"calibration prompt {index} gives NaN or infinity without any caching; check the model's dtype")
+            raise ValueError(
+                f"calibration prompt {index} gives NaN or infinity without any caching; check the model's dtype"
+            )
         generations.append(observer.calls)
         sketches.append(observer.sketches)
         references.append(result)
     report(f"profile {name}", prompts, prompts)
-    pattern = find_pattern(generations)
+    pattern = find_pattern(generations, min_steps)
     profile = _profile(observer, pattern, generations, sketches)
-    calibration = Calibration(name, captured, pattern, {s.name: s for s in observer.sites}, profile, references, finder)
+    sites = {site.name: site for site in observer.sites if site.name in observer.everywhere}
+    calibration = Calibration(name, captured, pattern, sites, profile, references, finder)
     return measure_sensitivity(calibration, generate, sensitivity_prompts, report)
 
 
 def _profile(
-    observer: _Observer, pattern: CallPattern, generations: Sequence[Sequence[LoggedCall]], sketches: Sequence[Sequence[torch.Tensor]]
+    observer: _Observer,
+    pattern: CallPattern,
+    generations: Sequence[Sequence[LoggedCall]],
+    sketches: Sequence[Sequence[torch.Tensor]],
 ) -> Profile:
     rows = []
     for calls, kept in zip(generations, sketches, strict=True):
@@ -215,44 +229,60 @@ def _profile(
     sites = tuple(
         SiteProfile(site.name, site.residual, site.flops_saved, site.bytes_kept, grams[:, k], np.ones(pattern.steps))
         for k, site in enumerate(observer.sites)
-        if np.isfinite(grams[:, k]).all() and grams[:, k].any()
+        if site.name in observer.everywhere and np.isfinite(grams[:, k]).all() and grams[:, k].any()
     )
     return Profile(pattern.steps, observer.total, sites, pattern.clock_values)
 
 
-def measure_sensitivity(calibration: Calibration, generate: Generate, prompts: int, report: Report = silent) -> Calibration:
-    """Forecast one site at one step only, by reuse, and compare what the result loses with what the value lost."""
-    if prompts < 1:
-        return calibration
-    profile, steps = calibration.profile, calibration.pattern.steps
-    roles = {role: site for site in calibration.sites.values() for role in [site.role] if role in MEASURED_ROLES}
+def measure_sensitivity(
+    calibration: Calibration,
+    generate: Generate,
+    prompts: int,
+    report: Report = silent,
+    points: int = SENSITIVITY_POINTS,
+) -> Calibration:
+    """Forecast one site at one step only, by reuse, and compare what the result loses with what the value lost.
+
+    Measured at ``points`` steps for each of the sites that schedules are searched for; in between it is smooth over the
+    steps on a logarithmic scale.
+    """
+    steps, record = calibration.pattern.steps, calibration.profile
+    profiled = {site.name for site in record.sites}
+    sites = [s for s in calibration.sites.values() if s.role in MEASURED_ROLES and s.name in profiled]
+    if not sites and record.sites:
+        sites = [calibration.sites[record.sites[0].name]]
+    where = sorted({round(k) for k in np.linspace(1, steps - 1, min(points, steps - 1))})
+    stage, done, total = f"sensitivity of {calibration.name}", 0, len(sites) * len(where) * prompts
     measured: dict[str, np.ndarray] = {}
-    sites = [site for site in roles.values() if any(p.name == site.name for p in profile.sites)]
-    if not sites and profile.sites:
-        sites = [calibration.sites[profile.sites[0].name]]
-    done, total = 0, len(sites) * (steps - 1) * prompts
-    for site in sites:
-        record = profile.site(site.name)
-        local = [gram.forecast_error(record.gram, [t - 1], t, [1.0]) if t else 0.0 for t in range(steps)]
-        ratios = np.zeros((prompts, steps))
-        base = calibration.cached(_one_reuse(site, steps, 1, profile))
-        for step in range(1, steps):
-            denoiser = base.with_schedule(_one_reuse(site, steps, step, profile))
+    for site in sites if prompts else ():
+        base = calibration.cached(_one_reuse(site, steps, 1, record))
+        ratios = []
+        for step in where:
+            denoiser = base.with_schedule(_one_reuse(site, steps, step, record))
+            local = max(gram.forecast_error(record.site(site.name).gram, [step - 1], step, [1.0]), 1e-12)
+            errors = []
             for prompt in range(prompts):
-                report(f"sensitivity of {calibration.name}", done, total)
-                final = relative_error(generate(denoiser, prompt), calibration.references[prompt]) ** 2
-                ratios[prompt, step] = final / max(local[step], 1e-12)
+                report(stage, done, total)
+                errors.append(relative_error(generate(denoiser, prompt), calibration.references[prompt]) ** 2)
                 done += 1
-        mean = ratios.mean(0)
-        mean[0] = mean[1]
-        measured[site.name] = np.maximum(mean, 1e-12)
-    report(f"sensitivity of {calibration.name}", total, total)
-    common = next(iter(measured.values()), np.ones(steps))
-    records = tuple(
-        SiteProfile(s.name, s.residual, s.flops_saved, s.bytes_kept, s.gram, measured.get(s.name, common)) for s in profile.sites
-    )
-    calibration.profile = Profile(steps, profile.total_flops, records, profile.clock, profile.fingerprint)
-    return calibration
+            ratios.append(max(sum(errors) / prompts / local, 1e-12))
+        measured[site.name] = np.exp(np.interp(range(steps), where, np.log(ratios)))
+    report(stage, total, total)
+    return _with_sensitivity(calibration, measured)
+
+
+def _with_sensitivity(calibration: Calibration, measured: dict[str, np.ndarray]) -> Calibration:
+    """Sites that stand for the same values share a measurement, in units of each site's own size."""
+    record, known = calibration.profile, {}
+    for site in record.sites:
+        values = calibration.sites[site.name].values
+        twin = next((name for name in measured if name == site.name), None) or next(
+            (name for name in measured if calibration.sites[name].values == values), None
+        )
+        if twin is not None:
+            known[site.name] = measured[twin] * float(site.scale.mean() / record.site(twin).scale.mean())
+    sites = tuple(replace(site, sensitivity=known.get(site.name, site.sensitivity)) for site in record.sites)
+    return replace(calibration, profile=replace(record, sites=sites), searchable=tuple(known))
 
 
 def _one_reuse(site: Site, steps: int, step: int, profile: Profile) -> Schedule:

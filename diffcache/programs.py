@@ -28,10 +28,17 @@ class Program:
         self.writes: list[tuple[int, int]] = module.meta["writes"]
         self.history: list[tuple[int, int, int]] = module.meta["history"]
         self.weights: list[int] = module.meta["weights"]
-        self.order = [str(node.target) for node in module.graph.nodes if node.op == "placeholder"][len(module.meta["inputs"]) :]
+        self.order = [str(node.target) for node in module.graph.nodes if node.op == "placeholder"][
+            len(module.meta["inputs"]) :
+        ]
 
     def __call__(
-        self, leaves: Sequence[Any], hoisted: Sequence[Any], history: History, cells: Sequence[Cell], weights: dict[int, torch.Tensor]
+        self,
+        leaves: Sequence[Any],
+        hoisted: Sequence[Any],
+        history: History,
+        cells: Sequence[Cell],
+        weights: dict[int, torch.Tensor],
     ) -> tuple[Any, tuple[torch.Tensor, ...]]:
         """Returns (what the denoiser returns, the values to keep in the order of ``writes``)."""
         extra: list[Any] = []
@@ -60,7 +67,13 @@ class Programs:
         disable: Collection[str] = (),
         title: str = "denoiser",
     ):
-        self.variant, self.sites, self.backend, self.disable, self.title = variant, tuple(sites), backend, disable, title
+        self.variant, self.sites, self.backend, self.disable, self.title = (
+            variant,
+            tuple(sites),
+            backend,
+            disable,
+            title,
+        )
         options = {"hoist_step_invariant": {"invariant": frozenset(invariant)}}
         self.reports: list[PassReport]
         self.body, self.reports = run_passes(
@@ -104,7 +117,10 @@ class Programs:
 
     def _specialise(self, cells: Sequence[Cell], live: Sequence[int], title: str) -> Program:
         sites = self.sites if cells else ()
-        options = {"apply_schedule": {"sites": sites, "cells": cells}, "drop_dead_writes": {"live": live}}
+        options: dict[str, dict[str, Any]] = {
+            "apply_schedule": {"sites": sites, "cells": cells},
+            "drop_dead_writes": {"live": live},
+        }
         module, reports = run_passes(self.body, SPECIALISE, options, title=title, disable=self.disable)
         self.reports += reports
         return Program(module, self.backend)

@@ -11,9 +11,9 @@ from typing import Any
 class CompileReport:
     """Predicted and measured error and speed of one compiled denoiser.
 
-    Errors are relative L2 errors of the final result against the uncached one, on calibration prompts. ``flops_speedup``
-    is the ratio of denoiser FLOPs over a generation; ``wall_speedup`` the ratio of times of whole generations in one run
-    (None if not measured).
+    Errors are relative L2 errors of the final result against the uncached one, on calibration prompts.
+    ``flops_speedup`` is the ratio of denoiser FLOPs over a generation; ``wall_speedup`` the ratio of times of whole
+    generations in one run (None if not measured).
     """
 
     denoiser: str
@@ -37,12 +37,16 @@ class CompileReport:
     def __str__(self) -> str:
         lines = [
             f"diffcache: {self.denoiser}, {self.origin}",
-            f"  {self.cached} of {self.nodes} nodes are cached on a forecast step, {self.hoisted} hoisted out of every later "
-            f"step, {self.kept} kept",
+            f"  {self.cached} of {self.nodes} nodes are cached on a forecast step, {self.hoisted} hoisted out of every "
+            f"later step, {self.kept} kept",
             f"  {self.computed} of {self.steps} steps computed in full; {self.flops_speedup:.2f}x fewer FLOPs"
             + (f", {self.wall_speedup:.2f}x measured in time" if self.wall_speedup else ""),
         ]
-        errors = [(label, e) for label, e in (("predicted", self.predicted_error), ("measured", self.measured_error)) if e is not None]
+        errors = [
+            (label, e)
+            for label, e in (("predicted", self.predicted_error), ("measured", self.measured_error))
+            if e is not None
+        ]
         if errors:
             text = ", ".join(f"{label} {error:.4f}" for label, error in errors)
             lines.append(f"  relative L2 error of the result on calibration prompts: {text}")

@@ -7,7 +7,7 @@ import inspect
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,7 +16,8 @@ from diffcache.call_pattern import CallPattern, host_value
 from diffcache.gates import StepInfo, make_gate
 from diffcache.ops import difference_form
 from diffcache.programs import History, Program, Programs
-from diffcache.schedule import Forecast, Schedule
+from diffcache.report import CompileReport
+from diffcache.schedule import Cell, Forecast, Schedule
 from diffcache.sites import Site
 from diffcache.tracing import tree
 from diffcache.tracing.captured import Captured
@@ -39,17 +40,26 @@ class Stream:
         self.history: History = {}
         self.hoisted: dict[int, tuple[Any, Sequence[Any]]] = {}
         self.probe: torch.Tensor | None = None
+        self.latent: Any = None
         self.accumulated, self.since = 0.0, 0
 
     def restart(self) -> None:
         self.position, self.on_schedule = -1, True
-        self.history, self.hoisted, self.probe = {}, {}, None
+        self.history, self.hoisted, self.probe, self.latent = {}, {}, None, None
         self.accumulated, self.since = 0.0, 0
 
     def serves(self, owner: tuple[Any, ...], invariants: list[Any]) -> bool:
-        return self.owner == owner and len(invariants) == len(self.invariants) and all(
-            _unchanged(old, version, new) for (old, version), new in zip(self.invariants, invariants, strict=True)
+        return (
+            self.owner == owner
+            and len(invariants) == len(self.invariants)
+            and all(
+                _unchanged(old, version, new) for (old, version), new in zip(self.invariants, invariants, strict=True)
+            )
         )
+
+    def holds(self, invariants: list[Any]) -> bool:
+        """Whether these are the very objects of its first call, not only equal ones."""
+        return bool(invariants) and all(old is new for (old, _), new in zip(self.invariants, invariants, strict=True))
 
 
 class CachedDenoiser(nn.Module):
@@ -74,7 +84,8 @@ class CachedDenoiser(nn.Module):
         self.denoiser = captured.denoiser
         object.__setattr__(self, "captured", captured)
         self.schedule, self.pattern, self.backend, self.title = schedule, pattern, backend, title
-        self.disable_passes, self.report = tuple(disable_passes), None
+        self.disable_passes = tuple(disable_passes)
+        self.report: CompileReport | None = None
         self._find_sites = find_sites
         self._programs: dict[tuple[int, tuple[str, ...]], Programs] = {}
         self._streams: list[Stream] = []
@@ -151,9 +162,8 @@ class CachedDenoiser(nn.Module):
     def _step(self, variant: Variant, bound: Bound) -> Any:
         programs = self.programs(variant, bound)
         with self._lock:
-            stream = self._stream(bound)
-            step = self._position(stream, bound)
-        schedule, cells = self.schedule, ()
+            stream, step = self._place(bound)
+        schedule, cells = self.schedule, cast("tuple[Cell, ...]", ())
         forecasts = step is not None and any(isinstance(cell, Forecast) for cell in schedule.column(step))
         if self._gate is not None and not self._follow(stream, step, bound) and forecasts:
             forecasts, step_program = False, programs.full()
@@ -164,7 +174,7 @@ class CachedDenoiser(nn.Module):
         leaves = programs.leaves(bound)
         try:
             hoisted = self._hoisted(stream, programs, leaves)
-            weights = self._step_weights(step, step_program, leaves) if cells else {}
+            weights = self._step_weights(step if cells else None, step_program, leaves)
             result, written = step_program(leaves, hoisted, stream.history, cells, weights)
         except GuardFailed:
             raise
@@ -186,50 +196,52 @@ class CachedDenoiser(nn.Module):
                 self.say_once(f"sites {missing} are not in the graph of this call, which is computed in full")
                 sites = ()
             found = Programs(variant, self.pattern.invariant, sites, backend=self.backend,
-                             disable=self.disable_passes, title=self.title)  # fmt: skip
+                             disable=self.disable_passes, title=self._program_title(names))  # fmt: skip
             self._programs[id(variant), names] = found
         return found
 
-    def _stream(self, bound: Bound) -> Stream:
+    def _program_title(self, names: Sequence[str]) -> str:
+        """Tells the programs of different sites apart in dumps."""
+        site = "".join(c if c.isalnum() else "_" for c in "+".join(names))
+        return f"{self.title}-{site[:60] or 'exact'}"
+
+    def _place(self, bound: Bound) -> tuple[Stream, int | None]:
+        """The stream of this call and its step, or None if it does not follow the schedule (then it runs in full)."""
         owner = (getattr(self._context, "name", ""), threading.get_ident(), torch.is_grad_enabled())
-        invariants = []
-        for path in self.pattern.invariant:
-            with contextlib.suppress(KeyError, IndexError, AttributeError, TypeError):
-                invariants.append(tree.follow(bound, path))
-        for stream in reversed(self._streams):
-            if stream.serves(owner, invariants):
-                return stream
+        invariants = [leaf for path in self.pattern.invariant if (leaf := _input(bound, path)) is not None]
+        latent = _input(bound, self.pattern.probe)
+        found = [stream for stream in reversed(self._streams) if stream.serves(owner, invariants)]
+        clock = host_value(_input(bound, self.pattern.clock)) if self.schedule.rows else None
+        if clock is None:  # nothing to follow, or a timestep on a device: count calls
+            stream = found[0] if found else self._begin(owner, invariants)
+            if stream.position + 1 >= self.schedule.steps:
+                stream.restart()
+            return stream, stream.position + 1
+        caller = _caller(found, invariants, latent)
+        table = self.schedule.clock or self.pattern.clock_values
+        expected = caller.position + 1 if caller is not None else 0
+        if caller is not None and caller.on_schedule and expected < len(table) and _close(clock, table[expected]):
+            self._streams = [s for s in self._streams if s not in found or s.position >= caller.position or s is caller]
+        elif _close(clock, table[0]):
+            caller, expected = self._begin(owner, invariants), 0
+        else:
+            for stream in found if caller is None else [caller]:
+                stream.on_schedule = False
+            self.say_once(
+                f"timestep {clock:g} is not what the schedule was calibrated for at step {expected} "
+                f"({f'{table[expected]:g}' if expected < len(table) else 'the generation had ended'}); such calls are "
+                "computed in full. Calibrate with the step count, resolution and sampler that you generate with."
+            )
+            return caller or self._begin(owner, invariants, on_schedule=False), None
+        caller.latent = latent
+        return caller, expected
+
+    def _begin(self, owner: tuple[Any, ...], invariants: list[Any], on_schedule: bool = True) -> Stream:
         stream = Stream(owner, invariants)
+        stream.on_schedule = on_schedule
         self._streams.append(stream)
         del self._streams[:-MAX_STREAMS]
         return stream
-
-    def _position(self, stream: Stream, bound: Bound) -> int | None:
-        """The step of this call, or None if it does not follow the schedule (then it is computed in full)."""
-        if not self.schedule.rows:
-            return 0 if self.schedule.steps else None
-        expected = stream.position + 1
-        clock = None
-        if self.pattern.clock is not None:
-            with contextlib.suppress(KeyError, IndexError, AttributeError, TypeError):
-                clock = host_value(tree.follow(bound, self.pattern.clock))
-        if clock is None:  # on a device: count calls
-            if expected >= self.schedule.steps:
-                stream.restart()
-            return stream.position + 1
-        table = self.schedule.clock
-        if expected < len(table) and _close(clock, table[expected]) and stream.on_schedule:
-            return expected
-        if table and _close(clock, table[0]):
-            stream.restart()
-            return 0
-        stream.on_schedule = False
-        self.say_once(
-            f"timestep {clock:g} is not what the schedule was calibrated for at step {expected} "
-            f"({f'{table[expected]:g}' if expected < len(table) else 'the generation had ended'}); such calls are computed "
-            "in full. Calibrate with the step count, resolution and sampler that you generate with."
-        )
-        return None
 
     def _follow(self, stream: Stream, step: int | None, bound: Bound) -> bool:
         """Ask the gate whether a forecast may be used at this step. Reads one number on the host."""
@@ -293,6 +305,34 @@ class CachedDenoiser(nn.Module):
 
     def extra_repr(self) -> str:
         return f"schedule of {len(self.schedule.rows)} sites x {self.schedule.steps} steps"
+
+
+def _input(bound: Bound, path: tree.Path | None) -> Any:
+    """An argument by its path; None where this call has no such argument."""
+    with contextlib.suppress(KeyError, IndexError, AttributeError, TypeError):
+        return tree.follow(bound, path) if path is not None else None
+    return None
+
+
+def _caller(found: Sequence[Stream], invariants: list[Any], latent: Any) -> Stream | None:
+    """Which of several generations with equal conditions calls, or None where that is not certain.
+
+    The very objects of its conditions tell; else its latent, which one step moves far less than another seed does.
+    Only then is a number read from a device.
+    """
+    same = [stream for stream in found if stream.holds(invariants)]
+    found = same or list(found)
+    if len(found) < 2:
+        return found[0] if found else None
+    distances = [_distance(stream.latent, latent) for stream in found]
+    nearest, second = sorted(distances)[:2]
+    return found[distances.index(nearest)] if nearest < 0.5 * second or nearest == second == 0 else None
+
+
+def _distance(old: Any, new: Any) -> float:
+    if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor) or old.shape != new.shape:
+        return float("inf")
+    return 0.0 if old is new else float((old.detach().float() - new.detach().float()).norm())
 
 
 def _version(leaf: Any) -> Any:

@@ -65,16 +65,16 @@ def load(model: Any, folder: str | Path, *, backend: str = "eager", strict: bool
         found = module_fingerprint(denoiser)
         if strict and found != entry["modules"]:
             raise ValueError(
-                f"{path} was made for another model: modules of '{name}' have fingerprint {entry['modules']}, this model's "
-                f"{type(denoiser).__name__} has {found}. Load it on the model it was made for, compile again, or pass "
-                "strict=False if only adapters differ."
+                f"{path} was made for another model: modules of '{name}' have fingerprint {entry['modules']}, this "
+                f"model's {type(denoiser).__name__} has {found}. Load it on the model it was made for, compile again, "
+                "or pass strict=False if only adapters differ."
             )
         cached[name] = _load_one(path, name, entry, denoiser, check_backend(backend))
     return attach(model, cached)
 
 
 def attach(model: Any, cached: Mapping[str, CachedDenoiser]) -> Any:
-    """What ``compile`` and ``load`` return: the denoiser itself, or a pipeline with it in place and the same handles."""
+    """What ``compile`` and ``load`` return: the denoiser itself, or a pipeline with it in place, with handles."""
     for name, denoiser in cached.items():
         object.__setattr__(denoiser, "save", lambda folder, d=denoiser, n=name: save({n: d}, folder))
     if not is_pipeline(model):
@@ -107,7 +107,9 @@ def _load_one(path: Path, name: str, entry: Mapping[str, Any], denoiser: nn.Modu
     except FileNotFoundError as error:
         raise ValueError(f"{path} is incomplete: {error.filename} is missing; save the compiled model again") from error
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path / MANIFEST} is damaged ({type(error).__name__}: {error}); save the model again") from error
+        raise ValueError(
+            f"{path / MANIFEST} is damaged ({type(error).__name__}: {error}); save the model again"
+        ) from error
     captured = Captured(denoiser)
     cached = CachedDenoiser(captured, schedule, pattern, SiteFinder(captured), backend=backend, title=name)
     cached.report = report
@@ -125,7 +127,9 @@ def _read(path: Path) -> dict[str, Any]:
         known = manifest["format"] == FORMAT and isinstance(manifest["denoisers"], dict)
         version = int(manifest["version"])
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}); save the compiled model again") from error
+        raise ValueError(
+            f"{file} is damaged ({type(error).__name__}: {error}); save the compiled model again"
+        ) from error
     if not known:
         raise ValueError(f"{file} was not written by diffcache (format {manifest['format']!r})")
     if version > VERSION:

@@ -138,6 +138,8 @@ def describe(sites: Sequence[Site], graph_module: fx.GraphModule | None = None, 
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     left = (True, True, True, True, False, False)
     return "\n".join(
-        "  ".join(cell.ljust(w) if to_left else cell.rjust(w) for cell, w, to_left in zip(row, widths, left, strict=True)).rstrip()
+        "  ".join(
+            cell.ljust(w) if to_left else cell.rjust(w) for cell, w, to_left in zip(row, widths, left, strict=True)
+        ).rstrip()
         for row in rows
     )

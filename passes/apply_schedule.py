@@ -69,7 +69,9 @@ def _drop_blind_guards(
 def _resolve(site: Site, nodes: dict[str, fx.Node]) -> list[tuple[fx.Node, fx.Node | None]]:
     missing = [name for name in (*site.values, *(a for a in site.anchors if a)) if name not in nodes]
     if missing:
-        raise ValueError(f"site '{site.name}' names nodes {missing} that this graph lacks; find the sites of this capture")
+        raise ValueError(
+            f"site '{site.name}' names nodes {missing} that this graph lacks; find the sites of this capture"
+        )
     return [(nodes[v], nodes[a] if a else None) for v, a in zip(site.values, site.anchors, strict=True)]
 
 

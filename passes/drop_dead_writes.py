@@ -14,6 +14,7 @@ Needs ``apply_schedule``; ``live`` are the rows that ``Schedule.writes`` names f
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any, cast
 
 from torch import fx
 
@@ -23,7 +24,7 @@ from diffcache.graphs import find_output
 def drop_dead_writes(gm: fx.GraphModule, *, live: Collection[int] = ()) -> fx.GraphModule:
     """Drop written values of rows that are not ``live``."""
     end = find_output(gm.graph)
-    result, values = end.args[0]  # type: ignore[misc]
+    result, values = cast("tuple[Any, tuple[fx.Node, ...]]", end.args[0])
     kept = [(place, value) for place, value in zip(gm.meta["writes"], values, strict=True) if place[0] in live]
     gm.meta["writes"] = [place for place, _ in kept]
     end.args = ((result, tuple(value for _, value in kept)),)

@@ -53,7 +53,9 @@ def _fixed_nodes(graph: fx.Graph, invariant: frozenset[object]) -> set[fx.Node]:
     for node in graph.nodes:
         if node.op == "placeholder":
             hold = node.meta.get("input") in invariant
-        elif node.op == "output" or node.meta.get("random") or node.meta.get("persistent") or node.meta.get("assembles"):
+        elif (
+            node.op == "output" or node.meta.get("random") or node.meta.get("persistent") or node.meta.get("assembles")
+        ):
             hold = False
         else:
             hold = all(source in fixed for source in sources(node))
@@ -68,7 +70,9 @@ def _closed_under_writes(graph: fx.Graph, fixed: set[fx.Node]) -> set[fx.Node]:
     while True:
         groups: dict[object, list[fx.Node]] = {}
         for node in graph.nodes:
-            storages = {node.meta.get("storage")} | {s.meta.get("storage") for s in node.all_input_nodes if node.meta.get("writes")}
+            storages = {node.meta.get("storage")} | {
+                s.meta.get("storage") for s in node.all_input_nodes if node.meta.get("writes")
+            }
             for storage in storages - {None}:
                 groups.setdefault(storage, []).append(node)
         broken = {
@@ -82,7 +86,11 @@ def _closed_under_writes(graph: fx.Graph, fixed: set[fx.Node]) -> set[fx.Node]:
             return fixed
         fixed -= broken
         for node in graph.nodes:
-            if node in fixed and node.op not in ("placeholder", "get_attr") and any(s not in fixed for s in sources(node)):
+            if (
+                node in fixed
+                and node.op not in ("placeholder", "get_attr")
+                and any(s not in fixed for s in sources(node))
+            ):
                 fixed.discard(node)
 
 

@@ -16,14 +16,21 @@ PACKAGES = {"diffcache": ROOT / "diffcache", "diffcache.passes": ROOT / "passes"
 LAYERS = [
     {"schedule"},
     {"kernels"},
-    {"ops", "predictors", "gates", "budget"},
-    {"tracing", "sites", "cost"},
+    {"ops", "predictors", "gates", "budget", "liveness", "progress", "report"},
+    {"gram", "gap_costs", "profile_record"},
+    {"searching", "recipes"},
+    {"tracing"},
+    {"graphs", "flow", "blocks", "cuts", "cost", "sites", "call_pattern", "fingerprint"},
     {"passes"},
     {"pipeline"},
-    {"profiling", "gram", "searching", "recipes"},
     {"lower"},
+    {"programs"},
     {"runtime"},
-    {"compiler", "integrations", "report", "cli", "__init__", "__main__"},
+    {"profiling"},
+    {"integrations"},
+    {"saving"},
+    {"compiler"},
+    {"__init__", "cli", "__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 

@@ -1,4 +1,4 @@
-"""A diffusers pipeline as something to calibrate: which components denoise, one generation, the same with others in place.
+"""A diffusers pipeline as something to calibrate: which components denoise, one generation, another denoiser put in.
 
 Nothing here knows a model: the denoisers are the components that the pipeline calls over and over with something the
 shape of what they return.
@@ -6,9 +6,10 @@ shape of what they return.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,8 +21,10 @@ MIN_CALLS = 4
 
 
 def is_pipeline(model: Any) -> bool:
-    """Whether ``model`` is called like a diffusers pipeline: named components and ``__call__``, and no module itself."""
-    return not isinstance(model, nn.Module) and isinstance(getattr(model, "components", None), Mapping) and callable(model)
+    """Whether ``model`` is like a diffusers pipeline: named components and ``__call__``, and no module itself."""
+    return (
+        not isinstance(model, nn.Module) and isinstance(getattr(model, "components", None), Mapping) and callable(model)
+    )
 
 
 def call_arguments(pipe: Any, item: Any, seed: int) -> dict[str, Any]:
@@ -37,7 +40,9 @@ def call_arguments(pipe: Any, item: Any, seed: int) -> dict[str, Any]:
         raise ValueError(f"a calibration prompt is a string or a dict of pipeline arguments, got {type(item).__name__}")
     unknown = sorted(set(item) - set(accepted))
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
-        raise ValueError(f"{type(pipe).__name__} takes no arguments {unknown}; it takes {sorted(set(accepted) - {'self'})}")
+        raise ValueError(
+            f"{type(pipe).__name__} takes no arguments {unknown}; it takes {sorted(set(accepted) - {'self'})}"
+        )
     arguments = dict(item)
     if "generator" in accepted and arguments.get("generator") is None:
         arguments["generator"] = torch.Generator("cpu").manual_seed(seed)
@@ -52,9 +57,16 @@ def generate(pipe: Any, item: Any, seed: int) -> torch.Tensor:
     generator = arguments.get("generator")
     if isinstance(generator, torch.Generator):  # the same noise however often the item is generated
         arguments["generator"] = torch.Generator(generator.device).manual_seed(generator.initial_seed())
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return flat(pipe(**arguments))
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Global random generators of all devices seeded inside, and as they were afterwards."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
 
 
 def flat(result: Any) -> torch.Tensor:
@@ -120,4 +132,8 @@ def _counter(counts: dict[str, int], name: str) -> Any:
 
 
 def _same_but_channels(x: torch.Tensor, y: torch.Tensor) -> bool:
-    return x.ndim == y.ndim >= 3 and sum(a != b for a, b in zip(x.shape, y.shape, strict=True)) <= 1
+    return (
+        x.is_floating_point()
+        and x.ndim == y.ndim >= 2
+        and sum(a != b for a, b in zip(x.shape, y.shape, strict=True)) <= 1
+    )

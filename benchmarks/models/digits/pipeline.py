@@ -140,7 +140,8 @@ class DigitsPipeline(DiffusionPipeline):
                         )[0]
                 latents = self.scheduler.step(guide(velocity, guidance_scale), t, latents, return_dict=False)[0]
                 if callback_on_step_end is not None:
-                    tensors = {name: locals()[name] for name in callback_on_step_end_tensor_inputs}
+                    here = locals()  # a comprehension has locals of its own
+                    tensors = {name: here[name] for name in callback_on_step_end_tensor_inputs}
                     latents = (callback_on_step_end(self, step, t, tensors) or {}).pop("latents", latents)
                 progress.update()
 
