@@ -40,9 +40,18 @@ def input_leaves(bound: Bound) -> dict[tree.Path, Any]:
 
 
 def host_value(leaf: Any) -> float | None:
-    """A timestep's value if it can be read without waiting for a device; the first element of a batch of equal ones."""
+    """A timestep's value if it can be read without waiting for a device.
+
+    For a batch of equal ones that value; for others a number that tells them apart.
+    """
     if isinstance(leaf, torch.Tensor):
-        return float(leaf.reshape(-1)[0]) if leaf.device.type == "cpu" and leaf.numel() else None
+        if leaf.device.type != "cpu" or not leaf.numel():
+            return None
+        first, spread = float(leaf.reshape(-1)[0]), 0.0
+        if leaf.numel() > 1:
+            offsets = leaf.detach().double() - first
+            spread = float(offsets.mean() + offsets.std())
+        return first + spread
     return float(leaf) if isinstance(leaf, int | float) else None
 
 
@@ -61,8 +70,11 @@ def log_call(bound: Bound, context: str) -> LoggedCall:
     leaves = input_leaves(bound)
     digests = {path: _digest(leaf) for path, leaf in leaves.items()}
     sizes = {path: leaf.numel() if isinstance(leaf, torch.Tensor) else 1 for path, leaf in leaves.items()}
-    small = {path: float(leaf.flatten()[0]) if isinstance(leaf, torch.Tensor) else float(leaf)
-             for path, leaf in leaves.items() if 0 < sizes[path] <= 64 and not _is_complex(leaf)}  # fmt: skip
+    small = {}
+    for path, leaf in leaves.items():
+        if sizes[path] <= 64 and not _is_complex(leaf):
+            value = host_value(leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf)
+            small.update({path: value} if value is not None else {})
     return LoggedCall(context, digests, sizes, small)
 
 

@@ -55,6 +55,8 @@ def find_targets(model: Any, calib_prompts: Sequence[Any], sample: Sample | None
             f"calib_prompts must be a non-empty list of strings or dicts of pipeline arguments, got {calib_prompts!r}"
         )
     if pipelines.is_pipeline(model):
+        if sample is not None:
+            raise ValueError("sample= is only for a bare denoiser; a pipeline is called with each of calib_prompts")
         quiet = pipelines.quiet(model)
 
         def run(name: str) -> Generate:
@@ -63,7 +65,7 @@ def find_targets(model: Any, calib_prompts: Sequence[Any], sample: Sample | None
             )
 
         found = pipelines.find_denoisers(model, calib_prompts[0], seed)
-        return [Target(name, module, run(name)) for name, module in found.items()]
+        return [Target(name, _uncompiled(module), run(name)) for name, module in found.items()]
     if not isinstance(model, nn.Module):
         raise ValueError(f"expected a diffusers pipeline or a torch.nn.Module, got {type(model).__name__}")
     if sample is None:
@@ -71,7 +73,12 @@ def find_targets(model: Any, calib_prompts: Sequence[Any], sample: Sample | None
             "a bare denoiser needs sample=: a function sample(denoiser, item) that runs one whole generation for one "
             "calibration item by calling denoiser(...), and returns the result"
         )
-    return [Target("denoiser", model, _sampler(sample, calib_prompts, seed))]
+    return [Target("denoiser", _uncompiled(model), _sampler(sample, calib_prompts, seed))]
+
+
+def _uncompiled(module: nn.Module) -> nn.Module:
+    """What was compiled before is compiled anew from the denoiser itself."""
+    return module.denoiser if isinstance(module, CachedDenoiser) else module
 
 
 def _sampler(sample: Sample, items: Sequence[Any], seed: int) -> Generate:
@@ -169,6 +176,11 @@ def compile(
         raise ValueError(f"budget must be Speedup(...), Quality(...) or Exact(), got {budget!r}")
     if on_uncapturable not in ("raise", "eager"):
         raise ValueError(f"on_uncapturable is {on_uncapturable!r}; expected 'raise' or 'eager'")
+    if recipe is not None and not isinstance(recipe, Recipe):
+        raise ValueError(f"recipe must be one of diffcache.recipes, such as uniform(interval=2), got {recipe!r}")
+    for name, number in (("proposals", proposals), ("judge_prompts", judge_prompts)):
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
     check_backend(backend)
     disabled_passes(disable_passes)
     effort = _Effort(budget, recipe, proposals, judge_prompts, sensitivity_prompts, tuple(leaf_modules))
@@ -223,7 +235,7 @@ def _compile_one(
         report=report,
     )
     candidates = _candidates(calibration, effort)
-    return _judge(calibration, target, candidates, min(effort.judge_prompts, prompts), options, report)
+    return _judge(calibration, target, candidates, effort, options, report)
 
 
 def _tell(denoiser: CachedDenoiser, verbose: bool | None) -> None:
@@ -259,8 +271,9 @@ def _candidates(calibration: Calibration, effort: _Effort) -> list[Schedule]:
         found += _baselines(calibration, budget, found)
     if not found or (not effort.exact and all(s.flops_fraction >= 1.0 for s in found)):
         raise ValueError(
-            f"{budget} leaves nothing to reuse for {calibration.name}: every schedule within it computes all steps. "
-            "Ask for less quality, or pass budget=diffcache.Exact() if only exact passes are wanted."
+            f"{effort.recipe or budget} leaves nothing to reuse for {calibration.name}: every schedule within it "
+            "computes all steps. Ask for less quality, or pass budget=diffcache.Exact() if only exact passes are "
+            "wanted."
         )
     graph = graph_fingerprint(calibration.captured.graph_module.graph)
     return [replace(schedule, clock=record.clock, fingerprint=graph) for schedule in found]
@@ -281,12 +294,16 @@ def _judge(
     calibration: Calibration,
     target: Target,
     candidates: Sequence[Schedule],
-    prompts: int,
+    effort: _Effort,
     options: dict[str, Any],
     report: Report,
 ) -> CachedDenoiser:
-    """Real generations under each proposal; the one nearest to the uncached results is kept."""
-    best: tuple[float, CachedDenoiser] | None = None
+    """Real generations under each proposal.
+
+    Kept is the one nearest to the uncached results, or under ``Quality`` the fastest of those that are near enough.
+    """
+    judged: list[tuple[float, CachedDenoiser]] = []
+    prompts = min(effort.judge_prompts, len(calibration.references))
     base = calibration.cached(candidates[0], **options)
     considered = []
     for number, schedule in enumerate(candidates):
@@ -300,14 +317,33 @@ def _judge(
                 f"schedule {schedule.origin} gives NaN on calibration prompts; this is a defect, please report it"
             )
         considered.append({"origin": schedule.origin, "flops_fraction": schedule.flops_fraction, "error": error})
-        if best is None or error < best[0]:
-            best = (error, denoiser)
+        judged.append((error, denoiser))
     report(f"judge schedules of {calibration.name}", len(candidates) * prompts, len(candidates) * prompts)
-    assert best is not None
-    error, chosen = best
+    error, chosen = _best(judged, effort)
+    if chosen.schedule.rows and not chosen.steps_forecast:
+        raise ValueError(
+            f"the schedule {chosen.schedule.origin} never applied to a call of {calibration.name}: nothing would be "
+            "cached; do the sampler's calls differ from one generation to the next?"
+        )
     chosen.report = _report(calibration, target, chosen, error, considered)
     object.__setattr__(chosen, "profile", calibration.profile)
+    chosen.reset()
     return chosen
+
+
+def _best(judged: Sequence[tuple[float, CachedDenoiser]], effort: _Effort) -> tuple[float, CachedDenoiser]:
+    nearest = min(judged, key=lambda pair: pair[0])
+    if not effort.searches or not isinstance(effort.budget, Quality):
+        return nearest
+    allowed = effort.budget.squared_error() ** 0.5
+    within = [pair for pair in judged if pair[0] <= allowed]
+    if not within:
+        warnings.warn(
+            f"no schedule met {effort.budget} on the calibration prompts: the best has a relative L2 error of "
+            f"{nearest[0]:.4f}, {allowed:.4f} was asked for",
+            stacklevel=5,
+        )
+    return min(within, key=lambda pair: (pair[1].schedule.flops_fraction, pair[0]), default=nearest)
 
 
 def _report(
@@ -317,7 +353,8 @@ def _report(
     predicted = None
     if schedule.rows and all(any(s.name == row.site for s in record.sites) for row in schedule.rows):
         predicted = max(searching.predicted_error(record, schedule), 0.0) ** 0.5
-    programs = [p for p in chosen._programs.values() if len(p.sites) == len(schedule.rows)]
+    names = tuple(row.site for row in schedule.rows)
+    programs = [p for (_, sites), p in chosen._programs.items() if sites == names and len(p.sites) == len(names)]
     counts = programs[0].counts(schedule)
     times = []
     for denoiser in (calibration.captured.denoiser, chosen):

@@ -169,7 +169,7 @@ class _CostRun(fx.Interpreter):
 
 
 def _flex_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **options: Any) -> float:
-    mask = options.get("block_mask", rest[1] if len(rest) > 1 else None)
+    mask: Any = options.get("block_mask", rest[1] if len(rest) > 1 else None)
     dense = 1.0 - float(mask.sparsity()) / 100 if hasattr(mask, "sparsity") else 1.0
     return dense * _attention_flops(query, key, value)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -207,6 +208,13 @@ def calibrate(
         references.append(result)
     report(f"profile {name}", prompts, prompts)
     pattern = find_pattern(generations, min_steps)
+    for index, calls in enumerate(generations):
+        steps = max(Counter(call.stream for call in calls).values())
+        if steps != pattern.steps:
+            raise ValueError(
+                f"calibration prompt {index} calls {name} at {steps} steps, prompt 0 at {pattern.steps}; calibrate "
+                "with one step count, the one you generate with"
+            )
     profile = _profile(observer, pattern, generations, sketches)
     sites = {site.name: site for site in observer.sites if site.name in observer.everywhere}
     calibration = Calibration(name, captured, pattern, sites, profile, references, finder)

@@ -109,13 +109,18 @@ def _forecast(predictor: str, history: Sequence[int], step: int, options: Mappin
     return Forecast(tuple(made for made, _ in used), tuple(weight for _, weight in used))
 
 
+# A denoiser without repeated blocks in a row (a U-Net) has no stack; its deep features are what published rules cache.
+_ROLES = {"stack": ("stack", "deepest", "output"), "deepest": ("deepest",), "output": ("output",)}
+
+
 def _resolve(wanted: str, sites: Sequence[SiteChoice]) -> SiteChoice:
     for site in sites:
         if site.name == wanted:
             return site
-    for site in sites:
-        if site.role and site.role == wanted:
-            return site
+    for role in _ROLES.get(wanted, ()):
+        for site in sites:
+            if site.role == role:
+                return site
     known = [f"{site.name} ({site.role})" if site.role else site.name for site in sites]
     raise ValueError(
         f"no site is named '{wanted}' or has that role; the sites and roles here are: {', '.join(known) or 'none'}"

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from diffcache.call_pattern import CallPattern, host_value
+from diffcache.fingerprint import graph_fingerprint
 from diffcache.gates import StepInfo, make_gate
 from diffcache.ops import difference_form
 from diffcache.programs import History, Program, Programs
@@ -21,11 +22,12 @@ from diffcache.schedule import Cell, Forecast, Schedule
 from diffcache.sites import Site
 from diffcache.tracing import tree
 from diffcache.tracing.captured import Captured
-from diffcache.tracing.errors import CaptureError, GuardFailed
+from diffcache.tracing.errors import CaptureError, GuardFailed, user_frame
 from diffcache.tracing.session import Bound
 from diffcache.tracing.variant import Variant
 
 MAX_STREAMS = 16
+_CAPTURING = threading.RLock()  # recording a forward patches torch.nn.Module for the whole process
 SiteFinder = Callable[[Variant, Bound, Sequence[str]], Sequence[Site]]
 
 
@@ -38,7 +40,7 @@ class Stream:
         self.position = -1
         self.on_schedule = True
         self.history: History = {}
-        self.hoisted: dict[int, tuple[Any, Sequence[Any]]] = {}
+        self.hoisted: dict[Programs, tuple[Any, Sequence[Any]]] = {}
         self.probe: torch.Tensor | None = None
         self.latent: Any = None
         self.accumulated, self.since = 0.0, 0
@@ -86,6 +88,7 @@ class CachedDenoiser(nn.Module):
         self.schedule, self.pattern, self.backend, self.title = schedule, pattern, backend, title
         self.disable_passes = tuple(disable_passes)
         self.report: CompileReport | None = None
+        self.graphs: frozenset[str] = frozenset()  # fingerprints of what a loaded schedule was made for
         self._find_sites = find_sites
         self._programs: dict[tuple[int, tuple[str, ...]], Programs] = {}
         self._streams: list[Stream] = []
@@ -95,6 +98,7 @@ class CachedDenoiser(nn.Module):
         self._said: set[str] = set()
         self._gate = make_gate(schedule.gate.name, **schedule.gate.options) if schedule.gate is not None else None
         self.steps_computed = self.steps_forecast = 0
+        self.training = self.denoiser.training
 
     captured: Captured
 
@@ -126,10 +130,17 @@ class CachedDenoiser(nn.Module):
         finally:
             self._context.name = before
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a CachedDenoiser holds captured graphs and open generations, which are neither copied nor pickled; write "
+            "it with save(folder) and put it on another copy of the model with diffcache.load(model, folder)"
+        )
+
     def reset(self) -> None:
-        """Forget every stream: the next call starts a generation."""
+        """Forget every stream and the counts: the next call starts a generation."""
         with self._lock:
             self._streams.clear()
+            self.steps_computed = self.steps_forecast = 0
 
     def with_schedule(self, schedule: Schedule) -> CachedDenoiser:
         """The same denoiser under another schedule; captures and programs are shared."""
@@ -144,27 +155,38 @@ class CachedDenoiser(nn.Module):
         if self.captured.refused is not None:
             return self.denoiser(*args, **kwargs)
         bound = self.captured.bind(args, kwargs)
-        for variant in self.captured.candidates(bound):
+        tried: list[Variant] = []
+        while True:
+            try:
+                variant = self._untried(bound, tried) or self._capture(bound, tried)
+            except CaptureError as error:
+                if self.captured.on_uncapturable == "raise":
+                    raise
+                self.captured.refused = str(error)
+                self.say_once(f"runs uncached: {error}")
+                return self.denoiser(*args, **kwargs)
             try:
                 return self._step(variant, bound)
             except GuardFailed:
-                continue
-        try:
-            variant = self.captured.add(bound)
-        except CaptureError as error:
-            if self.captured.on_uncapturable == "raise":
-                raise
-            self.captured.refused = str(error)
-            self.say_once(f"runs uncached: {error}")
-            return self.denoiser(*args, **kwargs)
-        return self._step(variant, bound)
+                tried.append(variant)
+
+    def _untried(self, bound: Bound, tried: Sequence[Variant]) -> Variant | None:
+        return next((v for v in self.captured.candidates(bound) if all(v is not t for t in tried)), None)
+
+    def _capture(self, bound: Bound, tried: Sequence[Variant]) -> Variant:
+        with _CAPTURING:  # another thread may have captured this kind of call in the meantime
+            return self._untried(bound, tried) or self.captured.add(bound)
 
     def _step(self, variant: Variant, bound: Bound) -> Any:
         programs = self.programs(variant, bound)
         with self._lock:
             stream, step = self._place(bound)
         schedule, cells = self.schedule, cast("tuple[Cell, ...]", ())
-        forecasts = step is not None and any(isinstance(cell, Forecast) for cell in schedule.column(step))
+        forecasts = (
+            step is not None
+            and bool(programs.sites)
+            and any(isinstance(cell, Forecast) for cell in schedule.column(step))
+        )
         if self._gate is not None and not self._follow(stream, step, bound) and forecasts:
             forecasts, step_program = False, programs.full()
         elif step is None or not programs.sites:
@@ -195,6 +217,10 @@ class CachedDenoiser(nn.Module):
                 missing = sorted(set(names) - {site.name for site in sites})
                 self.say_once(f"sites {missing} are not in the graph of this call, which is computed in full")
                 sites = ()
+            if names and self.graphs and graph_fingerprint(variant.graph_module.graph) not in self.graphs:
+                self.say_once(
+                    "graph of this call is not the one the schedule was calibrated on; compile again if it drifts"
+                )
             found = Programs(variant, self.pattern.invariant, sites, backend=self.backend,
                              disable=self.disable_passes, title=self._program_title(names))  # fmt: skip
             self._programs[id(variant), names] = found
@@ -221,7 +247,9 @@ class CachedDenoiser(nn.Module):
         table = self.schedule.clock or self.pattern.clock_values
         expected = caller.position + 1 if caller is not None else 0
         if caller is not None and caller.on_schedule and expected < len(table) and _close(clock, table[expected]):
-            self._streams = [s for s in self._streams if s not in found or s.position >= caller.position or s is caller]
+            # an older generation with equal conditions that this one has overtaken was interrupted
+            older = set(found[found.index(caller) + 1 :])
+            self._streams = [s for s in self._streams if s not in older or s.position >= caller.position]
         elif _close(clock, table[0]):
             caller, expected = self._begin(owner, invariants), 0
         else:
@@ -259,9 +287,9 @@ class CachedDenoiser(nn.Module):
         if programs.prologue is None:
             return ()
         state = programs.hoisted_state()
-        known = stream.hoisted.get(id(programs))
+        known = stream.hoisted.get(programs)
         if known is None or known[0] != state:
-            known = stream.hoisted[id(programs)] = (state, programs.prologue(*leaves))
+            known = stream.hoisted[programs] = (state, programs.prologue(*leaves))
         return known[1]
 
     def _step_weights(self, step: int | None, program: Program, leaves: list[Any]) -> dict[int, torch.Tensor]:
@@ -281,7 +309,7 @@ class CachedDenoiser(nn.Module):
     def _advance(self, stream: Stream, step: int | None, program: Program | None, written: Any, forecast: bool) -> None:
         self.steps_forecast += forecast
         self.steps_computed += not forecast
-        if step is None or not self.schedule.rows:
+        if step is None:
             return
         if program is not None:
             for (row, value), tensor in zip(program.writes, written, strict=True):
@@ -301,7 +329,9 @@ class CachedDenoiser(nn.Module):
         kind = message.partition(" ")[0]
         if kind not in self._said:
             self._said.add(kind)
-            warnings.warn(f"diffcache: {message}", stacklevel=4)
+            frame = user_frame()  # the line that called the denoiser, however deep we are
+            place = (frame.f_code.co_filename, frame.f_lineno) if frame is not None else (__file__, 1)
+            warnings.warn_explicit(f"diffcache: {message}", UserWarning, *place)
 
     def extra_repr(self) -> str:
         return f"schedule of {len(self.schedule.rows)} sites x {self.schedule.steps} steps"

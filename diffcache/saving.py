@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from diffcache.call_pattern import CallPattern
-from diffcache.fingerprint import module_fingerprint
+from diffcache.fingerprint import graph_fingerprint, module_fingerprint
 from diffcache.integrations.diffusers import is_pipeline, with_components
 from diffcache.lower import check_backend
 from diffcache.profile_record import Profile
@@ -37,7 +37,10 @@ def save(denoisers: Mapping[str, CachedDenoiser], folder: str | Path) -> None:
             profile.save(path / f"{name}.profile.safetensors")
         entries[name] = {
             "modules": module_fingerprint(cached.denoiser),
-            "graph": cached.schedule.fingerprint,
+            "graphs": _graphs(cached),
+            "leaf_modules": _leaf_paths(cached),
+            "disable_passes": list(cached.disable_passes),
+            "uncached": cached.captured.refused,
             "pattern": _pattern_to_json(cached.pattern),
             "report": cached.report.to_json() if cached.report is not None else None,
             "profile": isinstance(profile, Profile),
@@ -59,6 +62,9 @@ def load(model: Any, folder: str | Path, *, backend: str = "eager", strict: bool
     """
     path = Path(folder)
     manifest = _read(path)
+    names = list(manifest["denoisers"])
+    if len(names) > 1 and isinstance(model, nn.Module):
+        raise ValueError(f"{path} holds {len(names)} denoisers, {names}: load it on the pipeline that has them")
     cached = {}
     for name, entry in manifest["denoisers"].items():
         denoiser = _component(model, name)
@@ -92,7 +98,7 @@ def _component(model: Any, name: str) -> nn.Module:
     if not is_pipeline(model):
         if not isinstance(model, nn.Module):
             raise ValueError(f"expected a diffusers pipeline or a torch.nn.Module, got {type(model).__name__}")
-        return model
+        return model.denoiser if isinstance(model, CachedDenoiser) else model
     if name not in model.components:
         raise ValueError(f"the schedule is for component '{name}', which this {type(model).__name__} lacks")
     component = model.components[name]
@@ -100,22 +106,54 @@ def _component(model: Any, name: str) -> nn.Module:
 
 
 def _load_one(path: Path, name: str, entry: Mapping[str, Any], denoiser: nn.Module, backend: str) -> CachedDenoiser:
+    file = path / f"{name}.schedule.json"
     try:
-        schedule = Schedule.from_json((path / f"{name}.schedule.json").read_text())
+        schedule = Schedule.from_json(file.read_text())
+        file = path / f"{name}.profile.safetensors"
+        profile = Profile.load(file) if entry["profile"] else None
+        file = path / MANIFEST
         pattern = _pattern_from_json(entry["pattern"])
-        report = CompileReport(**entry["report"]) if entry.get("report") else None
+        report = (
+            CompileReport(**{**entry["report"], "sites": tuple(entry["report"]["sites"])}) if entry["report"] else None
+        )
+        captured = Captured(
+            denoiser, leaf_modules=entry["leaf_modules"], on_uncapturable="eager" if entry["uncached"] else "raise"
+        )
+        captured.refused = entry["uncached"]
+        cached = CachedDenoiser(
+            captured,
+            schedule,
+            pattern,
+            SiteFinder(captured),
+            backend=backend,
+            disable_passes=entry["disable_passes"],
+            title=name,
+        )
+        cached.graphs = frozenset(entry["graphs"])
     except FileNotFoundError as error:
-        raise ValueError(f"{path} is incomplete: {error.filename} is missing; save the compiled model again") from error
-    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is incomplete: {file.name} is missing; save the compiled model again") from error
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path / MANIFEST} is damaged ({type(error).__name__}: {error}); save the model again"
+            f"{file} is damaged or does not fit ({type(error).__name__}: {error}); save the compiled model again"
         ) from error
-    captured = Captured(denoiser)
-    cached = CachedDenoiser(captured, schedule, pattern, SiteFinder(captured), backend=backend, title=name)
     cached.report = report
-    if entry.get("profile"):
-        object.__setattr__(cached, "profile", Profile.load(path / f"{name}.profile.safetensors"))
+    if profile is not None:
+        object.__setattr__(cached, "profile", profile)
     return cached
+
+
+def _graphs(cached: CachedDenoiser) -> list[str]:
+    """Fingerprints of all graphs the schedule was made for and was used on."""
+    known = {graph_fingerprint(variant.graph_module.graph) for variant in cached.captured.variants}
+    return sorted((known | cached.graphs | {cached.schedule.fingerprint}) - {""})
+
+
+def _leaf_paths(cached: CachedDenoiser) -> list[str]:
+    """The modules kept as single nodes by their paths; classes are not stored."""
+    leaves = cached.captured.leaf_modules
+    kinds = tuple(leaf for leaf in leaves if isinstance(leaf, type))
+    named = [path for path, module in cached.denoiser.named_modules() if path and isinstance(module, kinds)]
+    return [*(leaf for leaf in leaves if isinstance(leaf, str)), *named]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -124,9 +162,10 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} holds no compiled model: {MANIFEST} is missing; pass the folder given to save()")
     try:
         manifest = json.loads(file.read_text())
-        known = manifest["format"] == FORMAT and isinstance(manifest["denoisers"], dict)
+        known = manifest["format"] == FORMAT
         version = int(manifest["version"])
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        complete = bool(manifest["denoisers"]) and all("modules" in entry for entry in manifest["denoisers"].values())
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{file} is damaged ({type(error).__name__}: {error}); save the compiled model again"
         ) from error
@@ -134,6 +173,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{file} was not written by diffcache (format {manifest['format']!r})")
     if version > VERSION:
         raise ValueError(f"{file} has version {version}, this diffcache reads up to {VERSION}; upgrade diffcache")
+    if not complete:
+        raise ValueError(f"{file} is damaged (a denoiser or what it was made for is missing); save the model again")
     return manifest
 
 

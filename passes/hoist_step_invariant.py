@@ -105,5 +105,6 @@ def _prologue(gm: fx.GraphModule, fixed: set[str], values: list[str]) -> fx.Grap
         idle = not node.users and not node.meta.get("guard") and not node.meta.get("writes")
         if node.op not in ("placeholder", "output") and (node.name not in fixed or idle):
             graph.erase_node(node)
+    prologue.delete_all_unused_submodules()
     prologue.recompile()
     return prologue

@@ -49,6 +49,19 @@ class Unconditional(TextDiT):
         return super().forward(x, t, x.new_ones(1, 2, 8))
 
 
+class TokenDiT(TextDiT):
+    """Conditions spread over rows: of a single row BLAS makes a vector product, and eager would depend on the batch."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        c = self.time(timestep_embedding(t, 32)[:, None].expand(-1, 8, -1)) + self.text(prompt).mean(1, keepdim=True)
+        h = self.embed(x)
+        for block in self.blocks:
+            shift1, scale1, gate1, shift2, scale2, gate2 = block.ada(c)[:, :1].chunk(6, dim=-1)
+            h = h + gate1 * block.attn(block.norm1(h) * (1 + scale1) + shift1)
+            h = h + gate2 * block.mlp(block.norm2(h) * (1 + scale2) + shift2)
+        return self.head(h)
+
+
 def make(kind: type[TextDiT] = TextDiT, seed: int = 0) -> TextDiT:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -67,11 +80,16 @@ class Request:
     python_time: bool = False
 
     def latent(self) -> torch.Tensor:
-        rows = [torch.randn(self.tokens, 4, generator=torch.Generator().manual_seed(self.seed + i)) for i in range(self.batch)]
+        rows = [
+            torch.randn(self.tokens, 4, generator=torch.Generator().manual_seed(self.seed + i))
+            for i in range(self.batch)
+        ]
         return torch.stack(rows)
 
     def embeds(self) -> torch.Tensor:
-        rows = [torch.randn(5, 8, generator=torch.Generator().manual_seed(100 + self.prompt + i)) for i in range(self.batch)]
+        rows = [
+            torch.randn(5, 8, generator=torch.Generator().manual_seed(100 + self.prompt + i)) for i in range(self.batch)
+        ]
         return torch.stack(rows)
 
     def times(self) -> list[Any]:

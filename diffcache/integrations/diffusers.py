@@ -54,11 +54,17 @@ def call_arguments(pipe: Any, item: Any, seed: int) -> dict[str, Any]:
 def generate(pipe: Any, item: Any, seed: int) -> torch.Tensor:
     """The latents (or whatever tensors the pipeline returns) of one generation, as one flat float tensor."""
     arguments = call_arguments(pipe, item, seed)
-    generator = arguments.get("generator")
-    if isinstance(generator, torch.Generator):  # the same noise however often the item is generated
-        arguments["generator"] = torch.Generator(generator.device).manual_seed(generator.initial_seed())
+    given = arguments.get("generator")
+    if isinstance(given, torch.Generator):  # the same noise however often the item is generated
+        arguments["generator"] = _afresh(given)
+    elif isinstance(given, list | tuple):
+        arguments["generator"] = [_afresh(generator) for generator in given]
     with seeded(seed):
         return flat(pipe(**arguments))
+
+
+def _afresh(generator: torch.Generator) -> torch.Generator:
+    return torch.Generator(generator.device).manual_seed(generator.initial_seed())
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ def ambient() -> Settings:
         torch.get_default_dtype(),
         torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
+        torch.is_grad_enabled(),
     )
 
 
@@ -46,7 +47,9 @@ def _set(settings: Settings) -> None:
     torch.set_default_dtype(settings[8])
     if torch.get_float32_matmul_precision() != settings[9]:
         torch.set_float32_matmul_precision(settings[9])
-    torch.use_deterministic_algorithms(settings[10])
+    if torch.are_deterministic_algorithms_enabled() != settings[10]:
+        torch.use_deterministic_algorithms(settings[10])
+    torch.set_grad_enabled(settings[11])
 
 
 def under(settings: Settings, function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Any:
@@ -67,6 +70,12 @@ def autocast_under(
         return _call(function, args, kwargs)
 
 
+def grad_under(enabled: bool, function: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Any:
+    """``under`` where only the recording of gradients is switched."""
+    with torch.set_grad_enabled(enabled):
+        return _call(function, args, kwargs)
+
+
 def _call(function: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if isinstance(function, str):
         return getattr(args[0], function)(*args[1:], **kwargs)
@@ -80,4 +89,6 @@ def wrap(before: Settings, now: Settings) -> tuple[Callable[..., Any], tuple[Any
             others = tuple(i for i in range(4) if i not in (k, k + 1))
             if all(before[i] == now[i] for i in others):
                 return autocast_under, (now[k], now[k + 1], device)
+    if before[:-1] == now[:-1]:
+        return grad_under, (now[-1],)
     return under, (now,)

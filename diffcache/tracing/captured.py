@@ -12,8 +12,10 @@ import torch
 from torch import fx, nn
 
 from diffcache.tracing import tree
+from diffcache.tracing.ambient import ambient
 from diffcache.tracing.errors import CaptureError, GuardFailed
 from diffcache.tracing.printer import format_graph
+from diffcache.tracing.reachable import is_numpy
 from diffcache.tracing.session import Bound, bind
 from diffcache.tracing.variant import Variant, capture_variant
 
@@ -23,8 +25,7 @@ Key = tuple[Any, ...]
 
 def call_key(bound: Bound, static: frozenset[tree.Path], layout: bool) -> Key:
     """What must agree for a graph to fit a call: shapes, dtypes, devices, None-ness, flags, grad and autocast mode."""
-    parts: list[Any] = [torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"),
-                        torch.get_autocast_dtype("cpu"), torch.get_autocast_dtype("cuda")]  # fmt: skip
+    parts: list[Any] = [ambient(), torch.is_inference_mode_enabled()]
     for name, value in bound.items():
         if isinstance(value, torch.Tensor):
             parts.append((name, value.shape, value.dtype, value.device, value.stride() if layout else None))
@@ -34,11 +35,37 @@ def call_key(bound: Bound, static: frozenset[tree.Path], layout: bool) -> Key:
                 parts.append((path, leaf.shape, leaf.dtype, leaf.device, leaf.stride() if layout else None))
             elif type(leaf) in (int, float):
                 parts.append((path, type(leaf), leaf if path in static else None))
-            elif isinstance(leaf, str | bool | bytes | type(None) | torch.dtype | torch.device | complex):
-                parts.append((path, leaf))
             else:
-                parts.append((path, type(leaf), id(leaf) if callable(leaf) else None))
+                parts.append((path, _leaf_key(leaf)))
     return tuple(parts)
+
+
+class _Same:
+    """An object that is only equal to itself; kept alive, so that no other can take its identity."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def _leaf_key(leaf: Any) -> Any:
+    """An argument that is neither tensor nor number, by value where it has one, else by identity."""
+    if isinstance(leaf, torch.Generator):
+        return leaf.device
+    if is_numpy(leaf, "ndarray"):
+        return leaf.shape, leaf.dtype.str, leaf.tobytes() if leaf.dtype != object else _Same(leaf)
+    if isinstance(leaf, set):
+        return frozenset(leaf)
+    try:
+        hash(leaf)
+    except TypeError:
+        return _Same(leaf)
+    return type(leaf), leaf
 
 
 class Captured(nn.Module):
@@ -86,13 +113,13 @@ class Captured(nn.Module):
         Raises:
             CaptureError: it cannot be replayed exactly.
         """
+        self._forget_stale()
         if len(self.variants) >= MAX_VARIANTS:
             raise CaptureError(
                 f"{type(self.denoiser).__name__} needs more than {MAX_VARIANTS} graphs: its forward takes another path, or "
                 f"reads another value, at almost every call ({_last_guard(self.variants[-1])}). "
                 "Pass on_uncapturable='eager' to run such calls uncached."
             )
-        self._forget_stale()
         variant = capture_variant(self.denoiser, self.signature, bound, self.leaf_modules)
         way = (variant.static, variant.layout_read)
         if way not in self._ways:
@@ -117,6 +144,10 @@ class Captured(nn.Module):
             try:
                 return variant.run(args, kwargs)
             except GuardFailed:
+                continue
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # what eager would do with such a call is told by capturing it, which runs it
                 continue
         try:
             variant = self.add(bound)

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from diffcache.tracing import reachable
+from diffcache.tracing.bits import same_bits
 from diffcache.tracing.expect import expect
-from diffcache.tracing.recorder import Trace
+from diffcache.tracing.trace import Trace
 
 
 def first_difference(a: Trace, b: Trace) -> tuple[str, str] | None:
@@ -19,12 +21,18 @@ def first_difference(a: Trace, b: Trace) -> tuple[str, str] | None:
     index: dict[fx.Node, fx.Node] = {}
     for left, right in zip(a.graph.nodes, b.graph.nodes, strict=False):
         if left.op != right.op or not _same_target(left, right, a, b):
-            return "structure", f"{left.format_node()} against {right.format_node()} in {left.meta.get('path') or 'forward'}"
+            return (
+                "structure",
+                f"{left.format_node()} against {right.format_node()} in {left.meta.get('path') or 'forward'}",
+            )
         if left.op == "get_attr" and not _same_attribute(left, right, a, b):
-            return "constant", f"{left.target} used at {b.unseen.get(str(right.target), left.meta.get('path', '?'))}"
+            return "constant", f"{left.target} used at {b.unseen.get(str(right.target)) or right.meta.get('where') or left.meta.get('path')}"
         if not _same(left.args, right.args, index) or not _same(left.kwargs, right.kwargs, index):
             kind = "guard" if left.target is expect else "constant"
-            return kind, f"{left.format_node()} against {right.format_node()}, {left.meta.get('where') or left.meta.get('path')}"
+            return (
+                kind,
+                f"{left.format_node()} against {right.format_node()}, {left.meta.get('where') or left.meta.get('path')}",
+            )
         index[left] = right
     if len(a.graph.nodes) != len(b.graph.nodes):
         return "structure", f"{len(a.graph.nodes)} nodes against {len(b.graph.nodes)}"
@@ -34,11 +42,10 @@ def first_difference(a: Trace, b: Trace) -> tuple[str, str] | None:
 def carried_over(a: Trace, b: Trace) -> str | None:
     """A constant of ``b`` that ``a`` had computed from its inputs: state that would be frozen. Its place, or None."""
     derived = _derived(a)
-    for name, where in b.unseen.items():
-        value = b.attributes[name]
+    for name, value in b.attributes.items():
         entry = a.produced.get(id(value))
-        if entry is not None and entry[0]() is value and entry[1] in derived:
-            return where
+        if entry is not None and entry[0]() is value and entry[1].meta["fresh"] and entry[1] in derived:
+            return b.unseen.get(name, name)
     return None
 
 
@@ -48,7 +55,9 @@ def _derived(trace: Trace) -> set[fx.Node]:
     derived: set[fx.Node] = set()
     for node in trace.graph.nodes:
         sources = (*node.all_input_nodes, *node.meta.get("deps", ()))
-        if node not in pinned and (node.op == "placeholder" or node.meta.get("random") or any(s in derived for s in sources)):
+        if node not in pinned and (
+            node.op == "placeholder" or node.meta.get("random") or any(s in derived for s in sources)
+        ):
             derived.add(node)
     return derived
 
@@ -68,19 +77,9 @@ def _same_attribute(left: fx.Node, right: fx.Node, a: Trace, b: Trace) -> bool:
         return literal and same_bits(x, y)
     if callable(x) and callable(y):
         return getattr(x, "__code__", x) == getattr(y, "__code__", y)
-    return type(x) is type(y)
-
-
-def same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
-    """Bitwise equality of values, NaN equal to NaN."""
-    if x.shape != y.shape or x.dtype != y.dtype:
+    if isinstance(x, torch.Generator) or type(x) is not type(y):
         return False
-    if x.layout != torch.strided or y.layout != torch.strided:
-        return bool(torch.equal(x.to_dense(), y.to_dense()))
-    equal = x == y
-    if x.is_floating_point() or x.is_complex():
-        equal = equal | ((x != x) & (y != y))
-    return bool(equal.all())
+    return reachable.position(x) == reachable.position(y)
 
 
 def _same(x: Any, y: Any, index: dict[fx.Node, fx.Node]) -> bool:

@@ -21,7 +21,9 @@ _DIRECT: tuple[Any, ...] = (flex.flex_attention, flex.create_block_mask, flex.cr
 _CURRENT = threading.local()
 
 
-def vmapped(function: Callable[..., Any], vmap_args: tuple[Any, ...], vmap_kwargs: dict[str, Any], args: Any, kwargs: Any) -> Any:
+def vmapped(
+    function: Callable[..., Any], vmap_args: tuple[Any, ...], vmap_kwargs: dict[str, Any], args: Any, kwargs: Any
+) -> Any:
     """``torch.vmap(function, ...)(*args, **kwargs)`` as one call."""
     return torch.vmap(function, *vmap_args, **vmap_kwargs)(*args, **kwargs)
 
@@ -33,6 +35,7 @@ def call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if recorder is None or not recorder.active or recorder.passive:
         return original(*args, **kwargs)
     if function is torch.vmap:
+
         def mapped(*inner: Any, **inner_kwargs: Any) -> Any:
             inner_args = (args[0], args[1:], kwargs, inner, inner_kwargs)
             run = lambda: original(*args, **kwargs)(*inner, **inner_kwargs)  # noqa: E731
@@ -64,7 +67,9 @@ def opaque_functions(recorder: Recorder) -> Iterator[None]:
 
 
 def _copy(function: types.FunctionType) -> types.FunctionType:
-    copy = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    copy = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
 

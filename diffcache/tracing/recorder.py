@@ -10,200 +10,57 @@ from __future__ import annotations
 import contextlib
 import operator
 import types
-import weakref
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-from diffcache.tracing import tree
 from diffcache.tracing.ambient import ambient, wrap
 from diffcache.tracing.datawatch import DataWatch
 from diffcache.tracing.errors import Uncapturable, user_line
-from diffcache.tracing.expect import expect
+from diffcache.tracing.expect import expect, expect_error
 from diffcache.tracing.guards import ModuleReads
 from diffcache.tracing.scalars import Tracked, plain, track
 from diffcache.tracing.spec import TensorSpec
-
-METADATA = frozenset(
-    "size dim ndimension numel nelement stride storage_offset is_contiguous element_size get_device is_floating_point "
-    "is_complex is_signed is_inference is_shared is_pinned is_same_size is_tensor result_type can_cast promote_types "
-    "__len__ __hash__ __repr__ __format__ _is_view has_names is_conj is_neg is_coalesced is_distributed "
-    "dense_dim sparse_dim __dir__ __reduce_ex__ __deepcopy__ _is_zerotensor is_storage register_hook broadcast_shapes "
-    "retain_grad is_nested __dlpack_device__".split()
+from diffcache.tracing.torch_calls import (
+    LAYOUT,
+    METADATA,
+    RAW,
+    SHAPE,
+    TENSOR_PROPERTIES,
+    call_name,
+    call_target,
+    generator_states,
+    invoke,
+    is_getter,
+    is_setter,
+    leaves,
+    may_write,
+    shapes_by_number,
+    splits,
+    storage_key,
+    version_of,
+    written_unseen,
 )
-LAYOUT = frozenset(("stride", "is_contiguous", "storage_offset"))
-SHAPE = frozenset(("size", "numel", "nelement", "__len__", "shape"))
-RAW = frozenset(("data_ptr", "untyped_storage", "storage", "__dlpack__", "_typed_storage", "set_", "resize_"))
+from diffcache.tracing.trace import ModuleCall, Trace
+from diffcache.tracing.values import Values
 
 
-@dataclass
-class ModuleCall:
-    """One call of a module that is not a leaf: names of the nodes that entered and left it, in order."""
-
-    path: str
-    kind: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...] = ()
-    nodes: tuple[int, int] = (0, 0)
-    parent: int = -1
-    leaf: bool = False
-
-
-@dataclass
-class Trace:
-    """What recording one forward gives."""
-
-    graph: fx.Graph
-    attributes: dict[str, Any]
-    calls: list[ModuleCall]
-    reads: ModuleReads
-    output: Any = None
-    produced: dict[int, tuple[weakref.ref[Any], fx.Node]] = field(default_factory=dict)
-    unseen: dict[str, str] = field(default_factory=dict)
-    escaped: list[fx.Node] = field(default_factory=list)
-    layout_read: bool = False
-    persistent: list[torch.Tensor] = field(default_factory=list)
-    effects: list[fx.Node] = field(default_factory=list)
-
-
-class Recorder(TorchFunctionMode):
+class Recorder(Values, TorchFunctionMode):
     """Records one call of ``root``. ``is_leaf(module, path)`` says which modules become one node."""
 
     def __init__(
         self, root: nn.Module, is_leaf: Callable[[nn.Module, str], bool], *, track_items: bool = True,
         opaque: Collection[str] = (),
     ):  # fmt: skip
-        super().__init__()
-        self.opaque = opaque
-        self.root, self.is_leaf, self.track_items = root, is_leaf, track_items
-        self.graph = fx.Graph()
-        self.trace = Trace(self.graph, {}, [], ModuleReads())
+        super().__init__(root, Trace(fx.Graph(), {}, [], ModuleReads()))
+        self.opaque, self.is_leaf, self.track_items = opaque, is_leaf, track_items
         self.active = self.passive = False
         self.base = ambient()
-        self.stack: list[int] = []
-        self.node_count = 0
         self.paths = {id(module): path for path, module in reversed(list(root.named_modules(remove_duplicate=False)))}
-        self.names = self._tensor_names()
-        self._nodes: dict[int, tuple[weakref.ref[Any], fx.Node]] = {}  # by identity, for as long as the tensor lives
         self._writers: dict[int, fx.Node] = {}
-        self._storages: dict[int, StorageWeakRef] = {}
-        self._owned: set[int] = set()
-        self.objects: dict[int, tuple[Any, fx.Node]] = {}  # what opaque calls return besides tensors
-        self.literals: dict[int, torch.Tensor] = {}  # made from NumPy data: equal data is the same constant
-
-    def _tensor_names(self) -> dict[int, str]:
-        """Parameters, buffers, and tensors kept as plain attributes, by identity."""
-        names: dict[int, str] = {}
-        for path, module in self.root.named_modules():
-            prefix = f"{path}." if path else ""
-            for table in (module._parameters, module._buffers, vars(module)):
-                for name, value in table.items():
-                    if isinstance(value, torch.Tensor):
-                        names.setdefault(id(value), prefix + name)
-        return names
-
-    # -- nodes and the tensors they stand for ------------------------------------------------------------------
-
-    def bind(self, value: torch.Tensor, node: fx.Node, *, tainted: bool) -> None:
-        """Let ``node`` stand for ``value`` from here on."""
-        key = id(value)
-        self._nodes[key] = self.trace.produced[key] = (weakref.ref(value), node)
-        node.meta["tainted"] = tainted
-        node.meta.setdefault("val", TensorSpec.of(value))
-        storage = _storage_key(value)
-        node.meta["storage"] = storage
-        if storage is not None and storage not in self._storages:
-            self._storages[storage] = StorageWeakRef(value.untyped_storage())
-            self._owned.add(storage)
-
-    def bind_input(self, value: torch.Tensor, node: fx.Node) -> None:
-        """An input: like ``bind``, but a write to it is seen by the caller and so always live."""
-        self.bind(value, node, tainted=True)
-        self._owned.discard(_storage_key(value) or 0)
-
-    def node_of(self, value: torch.Tensor) -> fx.Node:
-        """The node that stands for a tensor; tensors of the module and constants get one at their first use."""
-        entry = self._nodes.get(id(value))
-        if entry is not None and entry[0]() is value:
-            return entry[1]
-        if torch._C._functorch.is_functorch_wrapped_tensor(value):
-            raise Uncapturable(f"a tensor inside vmap or grad at {user_line()}")
-        name = self.names.get(id(value))
-        unseen = name is None and id(value) not in self.literals
-        if name is None:
-            if _storage_key(value) in self._owned:
-                raise Uncapturable(f"a tensor made from recorded ones by code that torch does not show, at {user_line()}")
-            name = f"_constant_{len(self.trace.attributes)}"
-        node = self.graph.get_attr(name)
-        self._place(node)
-        self.trace.attributes[name] = value
-        if unseen:
-            self.trace.unseen[name] = user_line()
-        self._nodes[id(value)] = (weakref.ref(value), node)
-        node.meta.update(val=TensorSpec.of(value), tainted=False, storage=_storage_key(value))
-        return node
-
-    def _place(self, node: fx.Node) -> None:
-        self.node_count += 1
-        node.meta["call"] = self.stack[-1] if self.stack else -1
-        node.meta["path"] = self.trace.calls[self.stack[-1]].path if self.stack else ""
-
-    def argument(self, value: Any) -> Any:
-        """A call's argument as fx wants it: tensors and tracked numbers as nodes, containers walked, objects by name."""
-        if isinstance(value, torch.Tensor):
-            return self.node_of(value)
-        if type(value) is Tracked:
-            return value.node
-        if isinstance(value, torch.Size):
-            return tuple(value)
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*map(self.argument, value))
-        if isinstance(value, list | tuple):
-            return type(value)(map(self.argument, value)) if type(value) in (list, tuple) else list(map(self.argument, value))
-        if type(value) is dict:
-            return {key: self.argument(item) for key, item in value.items()}
-        if isinstance(value, slice):
-            return slice(self.argument(value.start), self.argument(value.stop), self.argument(value.step))
-        if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0:
-            return value.item()  # NumPy's float64 is a float, but prints as NumPy
-        if isinstance(value, _IMMEDIATE) or value is Ellipsis:
-            return value
-        if id(value) in self.objects:
-            return self.objects[id(value)][1]
-        return self.closure_node(value) if isinstance(value, types.FunctionType) else self.object_node(value)
-
-    def closure_node(self, value: types.FunctionType) -> fx.Node:
-        """A function passed to a torch call; what its closure holds of this forward's values becomes arguments."""
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        held = {k: self.argument(cell) for k, cell in enumerate(cells) if any(map(self._is_computed, _leaves(cell)))}
-        if not held:
-            return self.object_node(value)
-        node = self.graph.call_function(with_closure, (self.object_node(value, check=False), held))
-        self._place(node)
-        node.meta.update(tainted=any(n.meta.get("tainted") for n in node.all_input_nodes), deps=())
-        return node
-
-    def _is_computed(self, leaf: Any) -> bool:
-        if type(leaf) is Tracked:
-            return True
-        entry = self._nodes.get(id(leaf)) if isinstance(leaf, torch.Tensor) else None
-        return entry is not None and entry[0]() is leaf
-
-    def object_node(self, value: Any, *, check: bool = True) -> fx.Node:
-        """A Python object passed to a torch call, kept as an attribute of the graph."""
-        if check and not callable(value) and any(map(self._is_computed, _leaves(value))):
-            raise Uncapturable(f"a {type(value).__name__} that holds a computed tensor is passed on at {user_line()}")
-        name = f"_object_{len(self.trace.attributes)}"
-        self.trace.attributes[name] = value
-        node = self.graph.get_attr(name)
-        self._place(node)
-        node.meta.update(tainted=False, object=True)
-        return node
 
     # -- recording ---------------------------------------------------------------------------------------------
 
@@ -211,13 +68,21 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self.active or self.passive:
             return func(*args, **kwargs)
-        name = _name(func)
-        if name in RAW or (name == "data" and _is_setter(func)):
+        name = call_name(func)
+        if name in RAW or (name == "data" and is_setter(func)):
             raise Uncapturable(f"{name} of a tensor is used at {user_line()}")
-        if name in METADATA or name == "_set_grad_enabled" or (name == "type" and len(args) == 1) or (_is_getter(func) and name not in _TENSOR_PROPERTIES):
+        if (
+            name in METADATA
+            or name == "_set_grad_enabled"
+            or (name == "type" and len(args) == 1)
+            or (is_getter(func) and name not in TENSOR_PROPERTIES)
+        ):
             value = func(*plain(args), **plain(kwargs))
-            return self._shape_read(func, name, args, kwargs, value) if name in SHAPE else self._note_layout(name, value)
-        target, nargs = _target(func, name, args)
+            self._note_fact(name, args)
+            return (
+                self._shape_read(func, name, args, kwargs, value) if name in SHAPE else self._note_layout(name, value)
+            )
+        target, nargs = call_target(func, name, args)
         op = "call_method" if isinstance(target, str) else "call_function"
         return self.record(op, target, nargs, kwargs, lambda: func(*plain(args), **plain(kwargs)), name)
 
@@ -225,15 +90,29 @@ class Recorder(TorchFunctionMode):
         self, op: str, target: Any, args: Any, kwargs: Any, run: Callable[[], Any], name: str, *, opaque: bool = False
     ) -> Any:
         """Run one torch call and add its node; of an ``opaque`` call nothing is known, so its shapes are not trusted."""
-        tensors = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        given = leaves((args, kwargs))
+        tensors = [leaf for leaf in given if isinstance(leaf, torch.Tensor)]
         nargs, nkwargs = self.argument(tuple(args)), self.argument(dict(kwargs))
-        before, rng, watch = [_version(t) for t in tensors], _rng(), DataWatch()
-        with contextlib.nullcontext() if opaque or op == "call_module" else watch:
-            out = run()
-        written = [t for t, version in zip(tensors, before, strict=True) if _version(t) != version]
-        if not written and name.endswith("_") and not name.endswith("__") and any(map(torch.is_inference, tensors)):
-            written = tensors[:1]
-        if not tensors and not any(isinstance(leaf, torch.Tensor) for leaf in _leaves(out)) and out is None:
+        self.keep(given, may_write(name, kwargs))
+        before, rng = [version_of(t) for t in tensors], generator_states()
+        inference = any(map(torch.is_inference, tensors))
+        watch = DataWatch()
+        with watch if not opaque and (inference or op != "call_module") else contextlib.nullcontext():
+            try:
+                out = run()
+            except Uncapturable:
+                raise
+            except Exception as error:
+                self._note_error(op, target, nargs, nkwargs, error)
+                raise
+        written = [t for t, version in zip(tensors, before, strict=True) if version_of(t) != version]
+        written += [
+            t
+            for t in (*tensors, *written_unseen(name, args, kwargs))
+            if t.is_inference() and storage_key(t) in watch.written
+        ]
+        written += written_unseen(name, args, kwargs)
+        if not tensors and not any(isinstance(leaf, torch.Tensor) for leaf in leaves(out)) and out is None:
             return out  # a setting such as torch.manual_seed's bookkeeping, no tensor in sight
         now = ambient()
         if now != self.base:
@@ -241,14 +120,16 @@ class Recorder(TorchFunctionMode):
         node = self.graph.create_node(op, target, nargs, nkwargs, name=self._node_name(name))
         self._place(node)
         node.meta["where"] = None
-        random = rng != _rng()
+        random = rng != generator_states() or any(isinstance(leaf, torch.Generator) for leaf in given)
         if random:
             node.meta["random"] = True
         tainted = random or any(n.meta.get("tainted") for n in node.all_input_nodes)
-        node.meta["deps"] = tuple({w for t in tensors if (w := self._writers.get(_storage_key(t) or 0)) is not None})
+        node.meta["deps"] = tuple({w for t in tensors if (w := self._writers.get(storage_key(t) or 0)) is not None})
         tainted = tainted or any(d.meta.get("tainted") for d in node.meta["deps"])
         node.meta["tainted"] = tainted
-        node.meta["data_shaped"] = opaque or watch.seen or any(n.meta.get("data_shaped") for n in node.all_input_nodes)
+        numbers = any(type(leaf) is Tracked for leaf in given) and shapes_by_number(name, args, kwargs)
+        shaped = opaque or (watch.seen and op != "call_module") or numbers
+        node.meta["data_shaped"] = shaped or any(n.meta.get("data_shaped") for n in node.all_input_nodes)
         self._mark_written(node, written, tainted)
         return self._bind_output(out, node, name, tainted, written)
 
@@ -256,31 +137,36 @@ class Recorder(TorchFunctionMode):
         if written:
             node.meta["writes"] = True
         for tensor in written:
-            storage = _storage_key(tensor)
+            storage = storage_key(tensor)
             if storage is None:
                 continue
             self._writers[storage] = node
             if storage not in self._owned:
                 node.meta["persistent"] = True
-                self.trace.persistent.append(tensor)
+                if storage in self.inputs:
+                    self.trace.writes_inputs = True
+                else:
+                    self.trace.persistent.append(tensor)
 
     def _bind_output(self, out: Any, node: fx.Node, name: str, tainted: bool, written: list[torch.Tensor]) -> Any:
         if isinstance(out, torch.Tensor):
             self.bind(out, node, tainted=tainted)
             return out
-        if isinstance(out, tuple | list) and any(isinstance(leaf, torch.Tensor) for leaf in _leaves(out)):
-            self._bind_items(out, node, tainted)
+        if isinstance(out, tuple | list) and any(isinstance(leaf, torch.Tensor) for leaf in leaves(out)):
+            self._bind_items(out, node, name, tainted)
             return out
         if out is None or out is NotImplemented:
             return out
         if name == "item" and type(out) in (int, float) and self.track_items:
             return track(out, node, self)
-        if any(isinstance(leaf, torch.Tensor) for leaf in _leaves(out)):  # a value of its own kind, such as a block mask
+        if any(isinstance(leaf, torch.Tensor) for leaf in leaves(out)):  # a value of its own kind, such as a block mask
             self.objects[id(out)] = (out, node)
             return out
         return self._guarded(node, out) if node.all_input_nodes else out
 
-    def _bind_items(self, out: Any, node: fx.Node, tainted: bool) -> None:
+    def _bind_items(self, out: Any, node: fx.Node, name: str, tainted: bool) -> None:
+        if node.meta.get("data_shaped") and splits(name):
+            self.guard(self.record_scalar(len, (node,)), len(out))
         node.meta["val"] = tuple(TensorSpec.of(item) if isinstance(item, torch.Tensor) else None for item in out)
         shaped = node.meta.get("data_shaped")
         for index, item in enumerate(out):
@@ -291,7 +177,7 @@ class Recorder(TorchFunctionMode):
                 if isinstance(item, torch.Tensor):
                     self.bind(item, child, tainted=tainted)
                 else:
-                    self._bind_items(item, child, tainted)
+                    self._bind_items(item, child, "", tainted)
 
     def _under(self, now: Any, op: str, target: Any, args: Any, kwargs: Any) -> tuple[str, Any, Any, Any]:
         """The same op inside the settings that hold now: its callee becomes an argument."""
@@ -316,7 +202,7 @@ class Recorder(TorchFunctionMode):
         for node in self.graph.nodes:
             if node.meta.get("storage") in self._writers:
                 node.meta["mutated"] = True
-        keys = {_storage_key(leaf) for leaf in _leaves(out) if isinstance(leaf, torch.Tensor)}
+        keys = {storage_key(leaf) for leaf in leaves(out) if isinstance(leaf, torch.Tensor)}
         return tuple({self._writers[key] for key in keys if key in self._writers})
 
     def record_scalar(self, function: Any, operands: Any) -> fx.Node:
@@ -341,6 +227,24 @@ class Recorder(TorchFunctionMode):
         self.guard(node, out)
         return out
 
+    def _note_error(self, op: str, target: Any, args: Any, kwargs: Any, error: Exception) -> None:
+        """A torch call raised. If the forward goes on all the same, the graph must see it raise again."""
+        if op == "call_module":
+            self.trace.swallowed = self.trace.swallowed or user_line()
+            return
+        callee = target if op == "call_method" else self.object_node(target)
+        kind = self.object_node(type(error))
+        node = self.graph.call_function(expect_error, (kind, callee, *args), kwargs)
+        self._place(node)
+        node.meta.update(guard=True, tainted=True, deps=(), where=user_line())
+
+    def _note_fact(self, name: str, args: Any) -> None:
+        """A property of a tensor that is the module's own must be the same when the graph is used."""
+        if args and isinstance(args[0], torch.Tensor):
+            entry = self._nodes.get(id(args[0]))
+            if entry is None or entry[1].op == "get_attr":
+                self.trace.reads.note_fact(args[0], name)
+
     def _note_layout(self, name: str, value: Any) -> Any:
         if name in LAYOUT:
             self.trace.layout_read = True
@@ -351,7 +255,7 @@ class Recorder(TorchFunctionMode):
         entry = self._nodes.get(id(args[0]))
         if entry is None or entry[0]() is not args[0] or not entry[1].meta.get("data_shaped"):
             return value
-        target, nargs = _target(func, name, args)
+        target, nargs = call_target(func, name, args)
         create = self.graph.call_method if isinstance(target, str) else self.graph.call_function
         node = create(target, self.argument(tuple(nargs)), self.argument(dict(kwargs)))
         self._place(node)
@@ -396,7 +300,7 @@ class Recorder(TorchFunctionMode):
         try:
             if leaf:
                 run = lambda: original(module, *plain(args), **plain(kwargs))  # noqa: E731
-                with self._aside():
+                with self._aside(), self._leaf():
                     out = self.record("call_module", path, args, kwargs, run, "", opaque=path in self.opaque)
             else:
                 out = original(module, *args, **kwargs)
@@ -408,6 +312,14 @@ class Recorder(TorchFunctionMode):
             self.stack.pop()
         call.outputs, call.nodes = self._names(out), (start, self.node_count)
         return out
+
+    @contextlib.contextmanager
+    def _leaf(self) -> Iterator[None]:
+        self.trace.reads.in_leaf = True
+        try:
+            yield
+        finally:
+            self.trace.reads.in_leaf = False
 
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:
@@ -425,78 +337,8 @@ class Recorder(TorchFunctionMode):
 
     def _names(self, value: Any) -> tuple[str, ...]:
         found = []
-        for leaf in _leaves(value):
+        for leaf in leaves(value):
             entry = self._nodes.get(id(leaf)) if isinstance(leaf, torch.Tensor) else None
             if entry is not None and entry[0]() is leaf:
                 found.append(entry[1].name)
         return tuple(found)
-
-
-_IMMEDIATE = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.layout,
-              torch.memory_format, range)  # fmt: skip
-_TENSOR_PROPERTIES = frozenset(("T", "mT", "H", "mH", "real", "imag", "data", "grad"))
-_GETTER = type(torch.Tensor.shape.__get__)  # type: ignore[attr-defined]
-
-
-def _name(func: Any) -> str:
-    if _is_getter(func) or _is_setter(func):
-        return func.__self__.__name__
-    return getattr(func, "__name__", type(func).__name__)
-
-
-def _is_getter(func: Any) -> bool:
-    return isinstance(func, _GETTER) and func.__name__ == "__get__"
-
-
-def _is_setter(func: Any) -> bool:
-    return isinstance(func, _GETTER) and func.__name__ == "__set__"
-
-
-def _target(func: Any, name: str, args: Any) -> tuple[Any, Any]:
-    """How the graph calls it: properties by getattr, methods by name, everything else as the function itself."""
-    if _is_getter(func):
-        return getattr, (args[0], name)
-    descriptor = isinstance(func, types.MethodDescriptorType | types.WrapperDescriptorType | types.FunctionType)
-    if descriptor and args and isinstance(args[0], torch.Tensor) and getattr(torch.Tensor, name, None) is func:
-        return name, args
-    return func, args
-
-
-def _leaves(value: Any) -> list[Any]:
-    """Leaves of an argument or output: lists, tuples, mappings and plain objects are walked."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [leaf for _, leaf in tree.walk(value)]
-
-
-def _storage_key(value: torch.Tensor) -> int | None:
-    try:
-        with torch._C.DisableTorchFunction():
-            return value.untyped_storage()._cdata
-    except (RuntimeError, NotImplementedError):  # sparse, nested and wrapper tensors have no storage
-        return None
-
-
-def _version(value: torch.Tensor) -> int:
-    with torch._C.DisableTorchFunction():
-        return 0 if value.is_inference() else value._version
-
-
-def _rng() -> Any:
-    state: list[Any] = [torch.default_generator.get_state().numpy().tobytes()]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state += [g.get_offset() for g in torch.cuda.default_generators]
-    return state
-
-
-def with_closure(function: types.FunctionType, held: dict[int, Any]) -> types.FunctionType:
-    """``function`` with some of its closure cells holding other values."""
-    cells = tuple(types.CellType(held[k]) if k in held else c for k, c in enumerate(function.__closure__ or ()))
-    copy = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
-
-
-def invoke(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call an object that has no name a program could print (a TorchScript function)."""
-    return function(*args, **kwargs)

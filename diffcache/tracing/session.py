@@ -14,11 +14,13 @@ from torch import fx, nn
 
 from diffcache.tracing import tree
 from diffcache.tracing.errors import CaptureError
-from diffcache.tracing.guards import undo, watch_modules
+from diffcache.tracing.executed import executed_code
 from diffcache.tracing.opaque import opaque_functions
-from diffcache.tracing.recorder import Recorder, Trace
+from diffcache.tracing.recorder import Recorder
 from diffcache.tracing.scalars import Tracked, track
 from diffcache.tracing.spec import TensorSpec
+from diffcache.tracing.trace import Trace
+from diffcache.tracing.watching import watch_modules
 
 Bound = dict[str, Any]
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -59,6 +61,13 @@ def own_copy(value: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         empty = torch.empty(0, dtype=value.dtype, device=value.device)
         return empty.set_(storage.clone(), value.storage_offset(), value.shape, value.stride())
+
+
+def own_generator(value: torch.Generator) -> torch.Generator:
+    """A generator that will draw the same numbers."""
+    copy = torch.Generator(device=value.device)
+    copy.set_state(value.get_state())
+    return copy
 
 
 @contextlib.contextmanager
@@ -114,18 +123,24 @@ def record(
     before = {name: tree.rebuild(value, lambda leaf: leaf) for name, value in inputs.items()}
     args, kwargs = unbind(signature, inputs)
     try:
-        with watch_modules(recorder.trace.reads), _patched(recorder), opaque_functions(recorder), recorder:
+        reads = recorder.trace.reads
+        with watch_modules(reads), _patched(recorder), opaque_functions(recorder), executed_code(reads.codes), recorder:
             recorder.active = True
             try:
                 out = root(*args, **kwargs)
             finally:
                 recorder.active = False
     except Exception as error:
-        undo(recorder.trace.reads)
+        recorder.trace.put_back()
         error.escaped = escaped_inputs(recorder.trace)  # type: ignore[attr-defined]
         raise
+    if recorder.trace.swallowed:
+        raise CaptureError(
+            f"{type(root).__name__} cannot be captured exactly: an error of a module is caught, after {recorder.trace.swallowed}"
+        )
     _replay_input_writes(recorder, before, inputs)
     recorder.graph.output(_output(recorder, out)).meta["deps"] = recorder.finish((out, inputs))
+    recorder.trace.put_back()
     recorder.trace.output = tree.rebuild(out, lambda leaf: leaf.number if type(leaf) is Tracked else leaf)
     return recorder.trace
 
@@ -144,9 +159,15 @@ def _place_inputs(recorder: Recorder, bound: Bound, static: frozenset[tree.Path]
             recorder.bind_input(own, node)
             node.meta["input"] = path
             return own
+        if isinstance(value, torch.Generator):
+            copy = own_generator(value)
+            recorder.objects[id(copy)] = (copy, node)
+            return copy
         if type(value) in (int, float) and path not in static:
             node.meta.update(tainted=True, input=path)
             return track(value, node, recorder)
+        if callable(value):
+            recorder.trace.reads.note_held(value, tree.show(path))
         return value
 
     def enter(value: Any, node: fx.Node, path: tree.Path) -> Any:
@@ -154,7 +175,10 @@ def _place_inputs(recorder: Recorder, bound: Bound, static: frozenset[tree.Path]
             return place(value, node, path)
         items = {}
         for step, item in tree.children(value):
-            if any(isinstance(leaf, torch.Tensor) or type(leaf) in (int, float) for _, leaf in tree.walk(item)):
+            if any(
+                isinstance(leaf, torch.Tensor | torch.Generator) or type(leaf) in (int, float)
+                for _, leaf in tree.walk(item)
+            ):
                 function = operator.getitem if step[0] == "item" else getattr
                 child = recorder.graph.call_function(function, (node, step[1]))
                 child.meta.update(tainted=True, call=-1, path="", deps=())
@@ -194,10 +218,14 @@ def _output(recorder: Recorder, out: Any) -> Any:
     if isinstance(out, tuple) and hasattr(out, "_fields"):
         node = recorder.graph.call_function(type(out), tuple(_output(recorder, item) for item in out))
     elif hasattr(type(out), "__dataclass_fields__"):
-        fields = {name: _output(recorder, getattr(out, name)) for name, f in type(out).__dataclass_fields__.items() if f.init}
+        fields = {
+            name: _output(recorder, getattr(out, name)) for name, f in type(out).__dataclass_fields__.items() if f.init
+        }
         node = recorder.graph.call_function(type(out), (), fields)
     else:
-        attributes = {name: _output(recorder, item) for name, item in vars(out).items()} if hasattr(out, "__dict__") else {}
+        attributes = (
+            {name: _output(recorder, item) for name, item in vars(out).items()} if hasattr(out, "__dict__") else {}
+        )
         items = {key: _output(recorder, item) for key, item in out.items()} if isinstance(out, Mapping) else {}
         if not isinstance(out, Mapping) and not hasattr(out, "__dict__"):
             raise CaptureError(f"the forward returns a {type(out).__name__}, whose parts cannot be reached")
@@ -207,7 +235,11 @@ def _output(recorder: Recorder, out: Any) -> Any:
 
 
 def input_specs(trace: Trace) -> dict[tree.Path, TensorSpec]:
-    return {node.meta["input"]: node.meta["val"] for node in trace.graph.nodes if "input" in node.meta and "val" in node.meta}
+    return {
+        node.meta["input"]: node.meta["val"]
+        for node in trace.graph.nodes
+        if "input" in node.meta and "val" in node.meta
+    }
 
 
 def escaped_inputs(trace: Trace) -> frozenset[tree.Path]:
@@ -226,5 +258,8 @@ def escaped_inputs(trace: Trace) -> frozenset[tree.Path]:
 
 def number_paths(bound: Bound) -> frozenset[tree.Path]:
     return frozenset(
-        path for name, value in bound.items() for path, leaf in tree.walk(value, (("item", name),)) if type(leaf) in (int, float)
+        path
+        for name, value in bound.items()
+        for path, leaf in tree.walk(value, (("item", name),))
+        if type(leaf) in (int, float)
     )

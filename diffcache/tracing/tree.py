@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
+from diffcache.tracing.reachable import slots_of, slots_of_class
+
 Step = tuple[str, Any]
 Path = tuple[Step, ...]
 
 _ATOMS = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size, torch.layout,
-          torch.memory_format, torch.Generator, type, enum.Enum)  # fmt: skip
+          torch.memory_format, torch.Generator, type, enum.Enum, os.PathLike)  # fmt: skip
 
 
 def is_container(value: Any) -> bool:
@@ -25,7 +28,11 @@ def is_container(value: Any) -> bool:
         return False
     if isinstance(value, list | tuple | Mapping):
         return True
-    return hasattr(value, "__dict__") and not callable(value) and not isinstance(value, type(torch))
+    return (
+        bool(hasattr(value, "__dict__") or slots_of(value))
+        and not callable(value)
+        and not isinstance(value, type(torch))
+    )
 
 
 def children(value: Any) -> Iterator[tuple[Step, Any]]:
@@ -37,8 +44,8 @@ def children(value: Any) -> Iterator[tuple[Step, Any]]:
         for index, item in enumerate(value):
             yield ("item", index), item
     else:
-        for name, item in list(vars(value).items()):
-            yield ("attr", name), item
+        for name in (*getattr(value, "__dict__", ()), *slots_of(value)):
+            yield ("attr", name), getattr(value, name)
 
 
 def walk(value: Any, path: Path = (), _open: frozenset[int] = frozenset()) -> Iterator[tuple[Path, Any]]:
@@ -81,7 +88,13 @@ def rebuild(value: Any, leaf: Callable[[Any], Any]) -> Any:
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, list):
         return [rebuild(item, leaf) for item in value]
-    return rebuild_object(type(value), {k: rebuild(v, leaf) for k, v in vars(value).items()}, _items(value, leaf))
+    return rebuild_object(
+        type(value),
+        {k[1]: rebuild(v, leaf) for k, v in children(value) if k[0] == "attr"}
+        if not isinstance(value, Mapping)
+        else {k: rebuild(v, leaf) for k, v in vars(value).items()},
+        _items(value, leaf),
+    )
 
 
 def _items(value: Any, leaf: Callable[[Any], Any]) -> dict[Any, Any]:
@@ -94,7 +107,10 @@ def rebuild_object(kind: type, attributes: dict[str, Any], items: dict[Any, Any]
     if items:
         for key, item in items.items():
             dict.__setitem__(copy, key, item)
-    vars(copy).update(attributes)
+    for name in slots_of_class(kind) if not hasattr(copy, "__dict__") else ():
+        if name in attributes:
+            object.__setattr__(copy, name, attributes[name])
+    getattr(copy, "__dict__", {}).update(attributes)
     return copy
 
 

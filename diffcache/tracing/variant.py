@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -15,10 +13,9 @@ from torch import fx, nn
 
 from diffcache.liveness import live_nodes
 from diffcache.tracing import tree
-from diffcache.tracing.compare import carried_over, first_difference, same_bits
+from diffcache.tracing.bits import same_bits
+from diffcache.tracing.compare import carried_over, first_difference
 from diffcache.tracing.errors import CaptureError, GuardFailed, Uncapturable, innermost_line
-from diffcache.tracing.guards import undo
-from diffcache.tracing.recorder import Trace
 from diffcache.tracing.session import (
     Bound,
     default_leaf,
@@ -26,11 +23,14 @@ from diffcache.tracing.session import (
     input_specs,
     number_paths,
     own_copy,
+    own_generator,
     record,
     unbind,
 )
+from diffcache.tracing.source_lines import forward_line, source_line
 from diffcache.tracing.spec import TensorSpec
-from diffcache.tracing.state import changes, digest
+from diffcache.tracing.state import Kept, changes, digest
+from diffcache.tracing.trace import Trace
 
 _MAX_OPAQUE = 16
 
@@ -54,17 +54,43 @@ class Variant:
         if not self._restores:
             return self.graph_module(*args, **kwargs)
         saved = [(tensor, tensor.clone()) for tensor in self.trace.persistent]
+        if self.trace.writes_inputs:
+            leaves = [leaf for _, leaf in tree.walk((args, kwargs))]
+            saved += [(leaf, leaf.clone()) for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        random = RandomState(self.trace, args, kwargs) if self._draws else None
         try:
             return self.graph_module(*args, **kwargs)
-        except GuardFailed:
+        except Exception:
             with torch.no_grad():
                 for tensor, value in saved:
                     tensor.copy_(value)
+            if random is not None:
+                random.restore()
             raise
 
     def __post_init__(self) -> None:
-        guarded = any(node.meta.get("guard") for node in self.trace.graph.nodes)
-        self._restores = guarded and bool(self.trace.persistent)
+        nodes = self.trace.graph.nodes
+        self._draws = any(node.meta.get("random") for node in nodes)
+        guarded = any(node.meta.get("guard") or node.meta.get("data_shaped") for node in nodes)
+        self._restores = guarded and (bool(self.trace.persistent) or self._draws or self.trace.writes_inputs)
+
+
+class RandomState:
+    """The state of every generator that a call may draw from."""
+
+    def __init__(self, trace: Trace, *values: Any):
+        self._cpu = torch.get_rng_state()
+        cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+        self._cuda = torch.cuda.get_rng_state_all() if cuda else None
+        given = [leaf for _, leaf in tree.walk(values) if isinstance(leaf, torch.Generator)]
+        self._others = [(g, g.get_state()) for g in (*given, *(g for g, _ in trace.generators.values()))]
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._cpu)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state_all(self._cuda)
+        for generator, state in self._others:
+            generator.set_state(state)
 
 
 @contextlib.contextmanager
@@ -73,7 +99,6 @@ def untouched(root: nn.Module) -> Iterator[None]:
     tables = [(m, name, t) for m in root.modules() for name, t in (*m._buffers.items(), *vars(m).items())
               if isinstance(t, torch.Tensor) and not isinstance(t, nn.Parameter)]  # fmt: skip
     saved = [(t, t.detach().clone()) for _, _, t in tables if t.layout == torch.strided and not t.is_inference()]
-    versions = [t._version for t, _ in saved]
     cpu = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
     try:
@@ -83,26 +108,34 @@ def untouched(root: nn.Module) -> Iterator[None]:
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
         with torch.no_grad():
-            for (tensor, value), version in zip(saved, versions, strict=True):
-                if tensor._version != version:
+            for tensor, value in saved:  # by value: some kernels write without counting up the version
+                if not same_bits(tensor, value):
                     tensor.copy_(value)
 
 
-def capture_variant(root: nn.Module, signature: inspect.Signature, bound: Bound, leaves: tuple[Any, ...] = ()) -> Variant:
+def capture_variant(
+    root: nn.Module, signature: inspect.Signature, bound: Bound, leaves: tuple[Any, ...] = ()
+) -> Variant:
     """Record ``root`` on these arguments. Runs the forward two or three times and the graph once; changes nothing.
 
     Raises:
         CaptureError: the forward cannot be replayed exactly; says where and why.
     """
     opaque: dict[str, str] = {}
+    if any(map(nn.parameter.is_lazy, (*root.parameters(), *root.buffers()))):
+        raise CaptureError(f"{type(root).__name__} has uninitialized parameters: run it once before it is captured")
 
     def is_leaf(module: nn.Module, path: str) -> bool:
         return path in opaque or default_leaf(module, path) or any(_matches(module, path, leaf) for leaf in leaves)
 
     while True:
+        before = Kept(root)
         try:
             return _attempt(root, signature, bound, is_leaf, opaque)
-        except Uncapturable as error:
+        except (CaptureError, Exception) as error:
+            before.restore()
+            if not isinstance(error, Uncapturable):
+                raise
             path = getattr(error, "module_path", "")
             if not path or path in opaque or len(opaque) >= _MAX_OPAQUE:
                 raise CaptureError(f"{type(root).__name__} cannot be captured exactly: {error}") from error
@@ -149,7 +182,6 @@ class _Recording:
                 return trace
             self.static |= escaped
 
-
     def _explain(self, bound: Bound, error: Exception) -> NoReturn:
         """The forward raised while recorded: its own error if it raises by itself, else a refusal."""
         args, kwargs = unbind(self.signature, {name: tree.rebuild(value, _own) for name, value in bound.items()})
@@ -163,34 +195,39 @@ def _attempt(
     root: nn.Module, signature: inspect.Signature, bound: Bound, is_leaf: Callable[..., bool], opaque: dict[str, str]
 ) -> Variant:
     recording = _Recording(root, signature, is_leaf, opaque)
-    start = digest(root)
+    start = digest(root, {})
     first = recording.first(bound)
-    middle = digest(root)
-    other = _perturbed(bound)
+    codes = first.reads.codes
+    filled = changes(start, digest(root, {}))
+    middle = digest(root, codes)
+    check = _perturbed(bound)
     try:
-        second = recording.run(other)
+        second = recording.run(check)
     except (CaptureError, Uncapturable):
         raise
     except Exception:  # the moved inputs are not valid ones (an index out of range): record the given ones again
-        other = bound
-        second = recording.run(other)
-    _refuse_state(root, first, second, changes(middle, digest(root)))
+        check = bound
+        second = recording.run(check)
+    _refuse_state(root, second, changes(middle, digest(root, codes)))
     if place := carried_over(first, second):
         raise CaptureError(_refusal(root, "it reads a tensor that an earlier call computed from its inputs", place))
-    chosen, check, expected = first, other, second
+    chosen, latest = first, second
     difference = first_difference(first, second)
-    if difference is not None and difference[0] != "guard" and changes(start, middle):  # the first call filled a cache
-        chosen, check, expected = second, bound, first
+    if difference is not None and difference[0] != "guard" and filled:  # the first call filled a cache
+        chosen, check = second, bound
     elif difference is not None:
-        again = recording.run(bound)
-        if first_difference(first, again) is None:  # the moved inputs took another path: guards tell them apart
-            check, expected = bound, again
-        elif first_difference(second, again) is None and carried_over(first, again) is None:
-            chosen, check, expected = again, bound, first  # a cache outside the module was filled
-        else:
-            raise CaptureError(_refusal(root, "two calls with equal inputs are different programs", difference[1]))
+        check = bound
+        latest = recording.run(bound)
+        if (
+            first_difference(first, latest) is not None
+        ):  # else the moved inputs took another path: guards tell them apart
+            if first_difference(second, latest) is not None or carried_over(first, latest) is not None:
+                raise CaptureError(_refusal(root, "two calls with equal inputs are different programs", difference[1]))
+            chosen = latest  # a cache outside the module was filled
+    chosen.reads = latest.reads  # of a call that found every cache filled
+    chosen.reads.note_globals()
     variant = Variant(_graph_module(root, chosen), chosen, input_specs(chosen), recording.static, dict(opaque))
-    _verify(root, signature, variant, check, expected)
+    _verify(root, signature, variant, check)
     return variant
 
 
@@ -204,20 +241,17 @@ def _perturbed(bound: Bound) -> Bound:
     return {name: tree.rebuild(value, leaf) for name, value in bound.items()}
 
 
-def _refuse_state(root: nn.Module, first: Trace, second: Trace, changed: list[str]) -> None:
-    """A forward that leaves the module different for the next call has hidden state: refuse, and undo the calls made."""
+def _refuse_state(root: nn.Module, second: Trace, changed: list[str]) -> None:
+    """Refuse a forward that leaves the module different for the next call: hidden state."""
     lasting = second.reads.lasting()
     scratch = {w.name for key, w in second.reads.writes.items() if key not in second.reads.read_first}
     changed = [path for path in changed if path.rpartition(".")[2] not in scratch]
-    if not changed and not lasting:
-        return
-    undo(second.reads)
-    undo(first.reads)
     if lasting:
         reason = f"attribute {lasting[0].name!r} of a module changes at every call"
         raise CaptureError(_refusal(root, reason, lasting[0].where))
-    reason = f"Python state changes at every call: {', '.join(changed[:3])}"
-    raise CaptureError(_refusal(root, reason, _source_line(root, changed[0])))
+    if changed:
+        reason = f"Python state changes at every call: {', '.join(changed[:3])}"
+        raise CaptureError(_refusal(root, reason, source_line(root, changed[0])))
 
 
 def _refusal(root: nn.Module, reason: str, where: str) -> str:
@@ -227,55 +261,63 @@ def _refusal(root: nn.Module, reason: str, where: str) -> str:
     )
 
 
-def _source_line(root: nn.Module, path: str) -> str:
-    """The line that most likely changes the state at ``path``: an assignment to that name in a method but ``__init__``."""
-    names = [part for part in re.split(r"[^A-Za-z0-9_]+", path) if part.isidentifier()]
-    for name in reversed(names):
-        write = re.compile(rf"\b{name}\b(\[.*\])?\s*([-+*/|&]|//)?=(?!=)|\b{name}\.(append|add|pop|update|extend)|next\(.*\b{name}\b")
-        for kind in {type(module) for module in root.modules()}:
-            if kind.__module__.startswith(("torch.", "builtins")):
-                continue
-            if found := _search_methods(kind, write):
-                return found
-    forward = inspect.unwrap(root.forward)
-    code = getattr(forward, "__code__", None)
-    return f"{path}, in {os.path.basename(code.co_filename)}:{code.co_firstlineno}" if code else path
-
-
-def _search_methods(kind: type, pattern: re.Pattern[str]) -> str | None:
+def _verify(root: nn.Module, signature: inspect.Signature, variant: Variant, bound: Bound) -> None:
+    """On inputs that it was not recorded on, the graph must do what the forward does, bit for bit."""
+    eager, inputs, drawn = _outcome(root, signature, variant, bound, lambda a, k: root(*a, **k))
     try:
-        lines, start = inspect.getsourcelines(kind)
-        file = os.path.basename(inspect.getsourcefile(kind) or "?")
-    except (OSError, TypeError):
-        return None
-    method = ""
-    for number, line in enumerate(lines, start):
-        if line.lstrip().startswith("def "):
-            method = line
-        if method and "init" not in method and pattern.search(line.partition("#")[0]):
-            return f"{file}:{number}: {line.strip()}"
+        got, written, after = _outcome(root, signature, variant, bound, variant.run)
+    except GuardFailed as error:
+        raise CaptureError(
+            _refusal(root, f"its guards fail on the call it was recorded from ({error})", forward_line(root))
+        ) from error
+    except Exception as error:
+        raise CaptureError(
+            _refusal(root, f"the recorded graph fails ({type(error).__name__}: {error})", forward_line(root))
+        ) from error
+    for what, ours, theirs in (("output", got, eager), ("what it writes into its inputs", written, inputs)):
+        if (place := _difference(ours, theirs)) is not None:
+            raise CaptureError(
+                _refusal(root, f"the recorded graph does not reproduce it ({what}{place} differs)", forward_line(root))
+            )
+    if not torch.equal(drawn, after):
+        raise CaptureError(_refusal(root, "the recorded graph draws other random numbers", forward_line(root)))
+
+
+def _outcome(
+    root: nn.Module, signature: inspect.Signature, variant: Variant, bound: Bound, call: Callable[..., Any]
+) -> tuple[Any, Any, torch.Tensor]:
+    """What a call returns, what its inputs are afterwards, and the state of the generator; all else is put back."""
+    own = {name: tree.rebuild(value, _own) for name, value in bound.items()}
+    args, kwargs = unbind(signature, own)
+    with untouched(root):
+        try:
+            result = call(args, kwargs)
+            result = tree.rebuild(
+                result, lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf
+            )
+            return result, own, torch.get_rng_state()
+        finally:
+            variant.trace.put_back()
+
+
+def _difference(ours: Any, theirs: Any) -> str | None:
+    """The first place where two results are not the same, or None."""
+    left, right = list(tree.walk(ours)), list(tree.walk(theirs))
+    if [path for path, _ in left] != [path for path, _ in right] or type(ours) is not type(theirs):
+        return ""
+    for (path, x), (_, y) in zip(left, right, strict=True):
+        if type(x) is not type(y):
+            return tree.show(path)
+        if isinstance(x, torch.Tensor) and not same_bits(x, y):
+            return tree.show(path)
+        if isinstance(x, int | float | str) and x != y and x == x:
+            return tree.show(path)
     return None
 
 
-def _verify(root: nn.Module, signature: inspect.Signature, variant: Variant, bound: Bound, expected: Trace) -> None:
-    """The graph on inputs it was not recorded on must give the forward's result, bit for bit."""
-    own = {name: tree.rebuild(value, _own) for name, value in bound.items()}
-    args, kwargs = unbind(signature, own)
-    try:
-        with untouched(root):
-            got = variant.run(args, kwargs)
-    except GuardFailed as error:
-        raise CaptureError(_refusal(root, "its guards fail on the call it was recorded from", str(error))) from error
-    pairs = zip(tree.walk(got), tree.walk(expected.output), strict=False)
-    for (path, ours), (_, theirs) in pairs:
-        same = same_bits(ours, theirs) if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor) else True
-        if not same:
-            raise CaptureError(
-                _refusal(root, "the recorded graph does not reproduce it", f"output{tree.show(path)} differs")
-            )
-
-
 def _own(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Generator):
+        return own_generator(leaf)
     return own_copy(leaf) if isinstance(leaf, torch.Tensor) else leaf
 
 

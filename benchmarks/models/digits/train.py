@@ -235,6 +235,7 @@ def main() -> None:
         trainer.load(arguments.checkpoint)
         print(f"going on from step {trainer.step}")
     train(trainer, arguments.minutes * 60, arguments.batch, arguments.checkpoint)
+    trainer.save(arguments.checkpoint)
     export(trainer, arguments.folder)
     print(f"wrote {arguments.folder} after {trainer.step} steps")
 
