@@ -6,93 +6,28 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import nn
 
 from diffcache import searching
 from diffcache.budget import Budget, Exact, Quality, Speedup
 from diffcache.call_pattern import CallPattern
 from diffcache.fingerprint import graph_fingerprint
-from diffcache.integrations import diffusers as pipelines
 from diffcache.lower import check_backend
 from diffcache.pipeline import disabled_passes
 from diffcache.profile_record import Profile
-from diffcache.profiling import Calibration, Generate, SiteFinder, calibrate
+from diffcache.profiling import Calibration, SiteFinder, calibrate
 from diffcache.progress import Report, display
 from diffcache.recipes import Recipe, evenly
 from diffcache.report import CompileReport, relative_error
 from diffcache.runtime import CachedDenoiser
 from diffcache.saving import attach
 from diffcache.schedule import Schedule, SiteChoice
+from diffcache.targets import Sample, Target, find_targets
 from diffcache.tracing.captured import Captured
 from diffcache.tracing.errors import CaptureError
-
-Sample = Callable[[nn.Module, Any], Any]
-
-
-@dataclass(frozen=True)
-class Target:
-    """One denoiser of a model, and how to run a whole generation with something else in its place."""
-
-    name: str
-    denoiser: nn.Module
-    generate: Generate
-
-
-def find_targets(model: Any, calib_prompts: Sequence[Any], sample: Sample | None, seed: int) -> list[Target]:
-    """The denoisers of a pipeline, or the bare denoiser itself.
-
-    Raises:
-        ValueError: no prompts; a bare module without ``sample``; nothing in the pipeline denoises.
-    """
-    if isinstance(calib_prompts, str) or not isinstance(calib_prompts, Sequence) or not calib_prompts:
-        raise ValueError(
-            f"calib_prompts must be a non-empty list of strings or dicts of pipeline arguments, got {calib_prompts!r}"
-        )
-    if pipelines.is_pipeline(model):
-        if sample is not None:
-            raise ValueError("sample= is only for a bare denoiser; a pipeline is called with each of calib_prompts")
-        quiet = pipelines.quiet(model)
-
-        def run(name: str) -> Generate:
-            return lambda denoiser, index: pipelines.generate(
-                pipelines.with_components(quiet, {name: denoiser}), calib_prompts[index], seed + index
-            )
-
-        found = pipelines.find_denoisers(model, calib_prompts[0], seed)
-        return [Target(name, _uncompiled(module), run(name)) for name, module in found.items()]
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"expected a diffusers pipeline or a torch.nn.Module, got {type(model).__name__}")
-    if sample is None:
-        raise ValueError(
-            "a bare denoiser needs sample=: a function sample(denoiser, item) that runs one whole generation for one "
-            "calibration item by calling denoiser(...), and returns the result"
-        )
-    return [Target("denoiser", _uncompiled(model), _sampler(sample, calib_prompts, seed))]
-
-
-def _uncompiled(module: nn.Module) -> nn.Module:
-    """What was compiled before is compiled anew from the denoiser itself."""
-    return module.denoiser if isinstance(module, CachedDenoiser) else module
-
-
-def _sampler(sample: Sample, items: Sequence[Any], seed: int) -> Generate:
-    def generate(denoiser: nn.Module, index: int) -> torch.Tensor:
-        last: list[torch.Tensor] = []
-        hook = denoiser.register_forward_hook(lambda module, args, out: last.append(pipelines.flat(out)))
-        try:
-            with pipelines.seeded(seed + index), torch.no_grad():
-                result = pipelines.flat(sample(denoiser, items[index]))
-        finally:
-            hook.remove()
-        return result if result.numel() or not last else last[-1]
-
-    return generate
 
 
 def profile(
@@ -140,6 +75,7 @@ def compile(
     leaf_modules: Sequence[Any] = (),
     on_uncapturable: str = "raise",
     disable_passes: Sequence[str] = (),
+    sites: Sequence[str] | None = None,
     proposals: int = 6,
     judge_prompts: int = 2,
     sensitivity_prompts: int = 1,
@@ -158,6 +94,7 @@ def compile(
         leaf_modules: module classes or paths to keep as single nodes.
         on_uncapturable: "raise", or "eager" to return a model that runs uncached what cannot be captured exactly.
         disable_passes: exact passes to leave out, by name.
+        sites: search only these, given by name or role ("stack", "output", "deepest"); default: all measured ones.
         proposals, judge_prompts: how many of the search's best schedules are tried, on how many of the prompts.
         sensitivity_prompts: prompts used to measure how an error at each step reaches the result.
         seed: prompt ``i`` is generated from ``seed + i`` unless it brings its own generator.
@@ -183,7 +120,15 @@ def compile(
             raise ValueError(f"{name} must be at least 1, got {number}")
     check_backend(backend)
     disabled_passes(disable_passes)
-    effort = _Effort(budget, recipe, proposals, judge_prompts, sensitivity_prompts, tuple(leaf_modules))
+    effort = _Effort(
+        budget,
+        recipe,
+        proposals,
+        judge_prompts,
+        sensitivity_prompts,
+        tuple(leaf_modules),
+        None if sites is None else tuple(sites),
+    )
     options = {"backend": backend, "disable_passes": tuple(disable_passes)}
     cached: dict[str, CachedDenoiser] = {}
     with display(_watched(verbose)) as report:
@@ -211,6 +156,7 @@ class _Effort:
     judge_prompts: int
     sensitivity_prompts: int
     leaf_modules: tuple[Any, ...]
+    sites: tuple[str, ...] | None = None
 
     @property
     def searches(self) -> bool:
@@ -267,7 +213,7 @@ def _candidates(calibration: Calibration, effort: _Effort) -> list[Schedule]:
     elif isinstance(budget, Exact):
         found = [Schedule.exact(record.steps)]
     else:
-        found = search(calibration, budget, proposals=effort.proposals)
+        found = search(calibration, budget, proposals=effort.proposals, **_named_sites(calibration, effort.sites))
         found += _baselines(calibration, budget, found)
     if not found or (not effort.exact and all(s.flops_fraction >= 1.0 for s in found)):
         raise ValueError(
@@ -277,6 +223,17 @@ def _candidates(calibration: Calibration, effort: _Effort) -> list[Schedule]:
         )
     graph = graph_fingerprint(calibration.captured.graph_module.graph)
     return [replace(schedule, clock=record.clock, fingerprint=graph) for schedule in found]
+
+
+def _named_sites(calibration: Calibration, wanted: tuple[str, ...] | None) -> dict[str, Any]:
+    """The ``sites`` option of the search. Raises ValueError for a name that is no site of this denoiser."""
+    if wanted is None:
+        return {}
+    known = calibration.sites.values()
+    unknown = [name for name in wanted if all(name not in (site.name, site.role) for site in known)]
+    if unknown:
+        raise ValueError(f"no sites {unknown} in {calibration.name}; it has {[site.name for site in known]}")
+    return {"sites": [site.name for site in known if site.name in wanted or site.role in wanted]}
 
 
 def _baselines(calibration: Calibration, budget: Budget, found: Sequence[Schedule]) -> list[Schedule]:

@@ -28,7 +28,7 @@ LAYERS = [
     {"runtime"},
     {"profiling"},
     {"integrations"},
-    {"saving"},
+    {"saving", "targets"},
     {"compiler"},
     {"__init__", "cli", "__main__"},
 ]

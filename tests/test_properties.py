@@ -1,4 +1,4 @@
-"""What must hold for every schedule: a constant trajectory is a fixed point, reuse adds no work, only what lives is kept."""
+"""For every schedule: a constant trajectory is a fixed point, reuse adds no work, only what is read later is kept."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from tests.generation import STEPS, Request, TextDiT, calibration, sample, walk
 
 COMPUTED = (0, 1, 3, 4)
 # A residual site adds the forecast of `value - anchor` to the anchor: the difference and the sum round once each.
-RESIDUAL_ULP = 8
+RESIDUAL_ULP = 2
 # Weights that sum to one only to rounding scale the value by that rounding.
-FITTED_ULP = 16
+FITTED_ULP = 4
 
 
 @functools.cache
@@ -78,10 +78,7 @@ def eager_constant() -> torch.Tensor:
 
 def ulps(a: torch.Tensor, b: torch.Tensor) -> float:
     """The largest difference in units in the last place of the largest value."""
-    r = float((a - b).abs().max() / (torch.finfo(a.dtype).eps * b.abs().max()))
-    if r:
-        open("/tmp/probe/ulps", "a").write(f"{r}\n")
-    return r
+    return float((a - b).abs().max() / (torch.finfo(a.dtype).eps * b.abs().max()))
 
 
 def subsets(names: Any) -> list[tuple[str, ...]]:

@@ -278,7 +278,7 @@ def test_threads_give_what_each_gives_alone() -> None:
     assert not denoiser._streams
 
 
-@pytest.mark.parametrize("site", ["stack0", "output", "attn:blocks.1.attn"])
+@pytest.mark.parametrize("site", ["stack0", "output", "block:blocks.1.attn"])
 def test_a_batch_gives_what_its_samples_give_alone(site: str) -> None:
     found = calibration(TokenDiT)
     model, denoiser = found.captured.denoiser, found.cached(schedule_of(found, {site: GRID}))
