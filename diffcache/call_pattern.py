@@ -50,7 +50,7 @@ def host_value(leaf: Any) -> float | None:
         first, spread = float(leaf.reshape(-1)[0]), 0.0
         if leaf.numel() > 1:
             offsets = leaf.detach().double() - first
-            spread = float(offsets.mean() + offsets.std())
+            spread = float(offsets.mean() + offsets.std(correction=0))
         return first + spread
     return float(leaf) if isinstance(leaf, int | float) else None
 
@@ -70,12 +70,12 @@ def log_call(bound: Bound, context: str) -> LoggedCall:
     leaves = input_leaves(bound)
     digests = {path: _digest(leaf) for path, leaf in leaves.items()}
     sizes = {path: leaf.numel() if isinstance(leaf, torch.Tensor) else 1 for path, leaf in leaves.items()}
-    small = {}
-    for path, leaf in leaves.items():
-        if sizes[path] <= 64 and not _is_complex(leaf):
-            value = host_value(leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf)
-            small.update({path: value} if value is not None else {})
-    return LoggedCall(context, digests, sizes, small)
+    values = {
+        path: host_value(leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf)
+        for path, leaf in leaves.items()
+        if not _is_complex(leaf)
+    }
+    return LoggedCall(context, digests, sizes, {path: value for path, value in values.items() if value is not None})
 
 
 def _is_complex(leaf: Any) -> bool:
@@ -115,9 +115,32 @@ def find_pattern(generations: Sequence[Sequence[LoggedCall]], min_steps: int = 4
         )
     main = [call for call in calls if call.stream == lengths.index(steps)]
     varying = [path for path in paths if path not in invariant]
-    clock = next((p for p in varying if all(p in c.clock for c in main) and len({c.clock[p] for c in main}) > steps // 2
-                  and main[0].sizes[p] == min(main[0].sizes[q] for q in varying)), None)  # fmt: skip
+    clock = _find_clock(varying, main, generations, steps)
     others = [path for path in varying if path != clock]
     probe = max(others, key=lambda path: main[0].sizes[path], default=None)
     values = tuple(call.clock[clock] for call in main) if clock is not None else ()
     return CallPattern(invariant, clock, probe, steps, len(lengths), values)
+
+
+def _find_clock(
+    varying: Sequence[tree.Path], main: Sequence[LoggedCall], generations: Sequence[Sequence[LoggedCall]], steps: int
+) -> tree.Path | None:
+    """The smallest input that takes the same values in every generation; a latent does not, for the noise differs.
+
+    With one generation to look at, the smallest that varies, if it is small.
+    """
+
+    def values(calls: Sequence[LoggedCall], path: tree.Path, stream: int) -> list[float | None]:
+        return [call.clock.get(path) for call in calls if call.stream == stream]
+
+    for path in sorted(varying, key=lambda path: main[0].sizes[path]):
+        expected = [call.clock.get(path) for call in main]
+        others = [
+            values(calls, path, stream) for calls in generations[1:] for stream in {call.stream for call in calls}
+        ]
+        agree = all(found == expected for found in others if len(found) == steps)
+        if None not in expected and len(set(expected)) > steps // 2 and agree:
+            return path if others or main[0].sizes[path] <= 64 else None
+        if not others:
+            return None
+    return None

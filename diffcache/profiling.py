@@ -130,8 +130,10 @@ class _Observer(nn.Module):
             programs = self._programs[id(variant)] = Programs(variant, (), kept, title="profile")
         cells = (COMPUTE,) * len(programs.sites)
         program = programs.observing()
-        hoisted = programs.prologue(*programs.leaves(bound)) if programs.prologue is not None else ()
-        result, kept_values = program(programs.leaves(bound), hoisted, {}, cells, {})
+        leaves = programs.leaves(bound)
+        with variant.restoring(leaves):
+            hoisted = programs.prologue(*leaves) if programs.prologue is not None else ()
+            result, kept_values = program(leaves, hoisted, {}, cells, {})
         names = [site.name for site in programs.sites]
         self.everywhere &= set(names)
         by_site = {name: torch.zeros(SKETCH) for name in names}

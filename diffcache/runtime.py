@@ -195,9 +195,10 @@ class CachedDenoiser(nn.Module):
             step_program, cells = programs.program(schedule, step), schedule.column(step)
         leaves = programs.leaves(bound)
         try:
-            hoisted = self._hoisted(stream, programs, leaves)
             weights = self._step_weights(step if cells else None, step_program, leaves)
-            result, written = step_program(leaves, hoisted, stream.history, cells, weights)
+            with variant.restoring(leaves):
+                hoisted = self._hoisted(stream, programs, leaves)
+                result, written = step_program(leaves, hoisted, stream.history, cells, weights)
         except GuardFailed:
             raise
         except BaseException:

@@ -33,6 +33,7 @@ from tests.generation import (
     shared_calibration,
     walk,
 )
+from tests.plain_denoisers import timestep_embedding
 
 GRID = "CCfCfCrf"
 
@@ -373,6 +374,65 @@ def test_a_schedule_without_a_clock_takes_the_calibrated_one() -> None:
     denoiser = found.cached(replace(schedule_of(found, {"stack0": GRID}), clock=()))
     with all_on_schedule():
         assert same(sample(denoiser, Request(seed=3)), sample(cached(), Request(seed=3)))
+
+
+class Embedded(TextDiT):
+    """Takes the timestep as an embedding, larger than the latent of these tests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time = torch.nn.Linear(128, 16)
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        c = self.time(emb) + self.text(prompt).mean(1)
+        h = self.embed(x)
+        for block in self.blocks:
+            h = block(h, c)
+        return self.head(h)
+
+
+def embedded(denoiser: Any, request: Request, stop: int = STEPS) -> torch.Tensor:
+    x, prompt = request.latent(), request.embeds()
+    with torch.no_grad():
+        for t in request.times()[:stop]:
+            x = x - denoiser(x, timestep_embedding(t, 128), prompt) / request.steps
+    return x
+
+
+def test_a_time_embedding_serves_as_the_clock() -> None:
+    found = calibration(Embedded, embedded)
+    assert found.pattern.clock == (("item", "emb"),)
+    assert found.pattern.probe == (("item", "x"),)
+    denoiser = found.cached(schedule_of(found, {"stack0": GRID}))
+    with all_on_schedule():
+        expected = embedded(denoiser, Request(seed=3))
+        assert denoiser.steps_forecast == 4
+        embedded(denoiser, Request(seed=3), stop=3)
+        assert same(embedded(denoiser, Request(seed=3)), expected)
+    with pytest.warns(UserWarning, match="computed in full"):
+        assert same(embedded(denoiser, Request(steps=5)), embedded(denoiser.denoiser, Request(steps=5)))
+
+
+class Summing(TextDiT):
+    """Adds to a buffer before it takes one path or another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        self.total.add_(t[0])
+        return super().forward(x, t, prompt) * (2.0 if t[0].item() < 500 else 1.0)
+
+
+def test_a_failed_guard_leaves_no_write_behind() -> None:
+    found = calibration(Summing)
+    denoiser, totals = found.cached(Schedule.exact(STEPS)), []
+    for model in (denoiser, denoiser.denoiser):
+        denoiser.denoiser.total.zero_()
+        sample(model, Request(seed=3))
+        totals.append(float(denoiser.denoiser.total))
+    assert totals[0] == totals[1]
 
 
 # -- hoisting is never stale ------------------------------------------------------------------------------------------

@@ -26,7 +26,10 @@ def first_difference(a: Trace, b: Trace) -> tuple[str, str] | None:
                 f"{left.format_node()} against {right.format_node()} in {left.meta.get('path') or 'forward'}",
             )
         if left.op == "get_attr" and not _same_attribute(left, right, a, b):
-            return "constant", f"{left.target} used at {b.unseen.get(str(right.target)) or right.meta.get('where') or left.meta.get('path')}"
+            return (
+                "constant",
+                f"{left.target} used at {b.unseen.get(str(right.target)) or right.meta.get('where') or left.meta.get('path')}",
+            )
         if not _same(left.args, right.args, index) or not _same(left.kwargs, right.kwargs, index):
             kind = "guard" if left.target is expect else "constant"
             return (

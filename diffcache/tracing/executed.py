@@ -7,6 +7,7 @@ is an attribute of the model, but a graph recorded under the old value is stale 
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 import sysconfig
@@ -15,6 +16,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+
+from diffcache.tracing.counting import only_counted
 
 Codes = dict[types.CodeType, dict[str, Any]]
 Slot = tuple[Any, str, Any]
@@ -39,10 +42,14 @@ def executed_code(found: Codes) -> Iterator[None]:
     before = sys.getprofile()
     verdicts: dict[str, bool] = {}
     aside: list[types.FrameType] = []
+    collector = {getattr(callback, "__code__", None) for callback in gc.callbacks}  # runs wherever it pleases
 
     def note(frame: types.FrameType, event: str, argument: Any) -> None:
         if event == "call" and not aside:
             code = frame.f_code
+            if code in collector:
+                aside.append(frame)
+                return
             file = code.co_filename
             foreign = verdicts.get(file)
             if foreign is None:
@@ -73,11 +80,11 @@ def globals_read(codes: Codes, classes: ClassTables) -> Iterator[Slot]:
     """What these functions can look up: (table, name, value) for globals, attributes of modules and of classes."""
     seen: set[tuple[int, str]] = set()
     for code, scope in codes.items():
-        names = set(code.co_names)
+        names = _looked_up(code)
         for inner in code.co_consts:  # functions and comprehensions defined inside
             if isinstance(inner, types.CodeType):
-                names |= set(inner.co_names)
-        tables: list[Mapping[str, Any]] = [scope]
+                names |= _looked_up(inner)
+        tables: list[Mapping[str, Any]] = [scope, *_own_class_tables(code, scope, classes)]
         tables += [vars(sys.modules[name]) for name in names if name in sys.modules and name not in scope]
         for table in tables:  # grows: modules and classes found among the values are searched, too
             for name in names:
@@ -90,12 +97,25 @@ def globals_read(codes: Codes, classes: ClassTables) -> Iterator[Slot]:
                     tables += [t for t in _attribute_tables(value, classes) if not any(t is old for old in tables)]
 
 
+def _looked_up(code: types.CodeType) -> set[str]:
+    return {name for name in code.co_names if not only_counted(code, name)}
+
+
 def _attribute_tables(value: Any, classes: ClassTables) -> list[Mapping[str, Any]]:
     if isinstance(value, types.ModuleType):
         return [vars(value)]
     if isinstance(value, type) and not is_foreign_class(value):
         return [classes[kind] for kind in value.__mro__ if not is_foreign_class(kind)]
     return []
+
+
+def _own_class_tables(code: types.CodeType, scope: dict[str, Any], classes: ClassTables) -> list[Mapping[str, Any]]:
+    """Of a method: the attributes that it can reach as ``cls.name`` or ``self.name``."""
+    *outer, _ = code.co_qualname.split(".")
+    value: Any = scope.get(outer[0]) if outer else None
+    for name in outer[1:]:
+        value = getattr(value, name, None)
+    return _attribute_tables(value, classes) if isinstance(value, type) else []
 
 
 def is_foreign_class(kind: type) -> bool:

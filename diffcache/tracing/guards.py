@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from diffcache.tracing import reachable
+from diffcache.tracing.counting import only_counted
 from diffcache.tracing.executed import ClassTables, Codes, globals_read, is_foreign_class
 
 _MISSING = object()
@@ -78,6 +79,7 @@ class ModuleReads:
     in_leaf: bool = False  # a module that is one node reads its own attributes again at every run
     _seen: set[int] = field(default_factory=set)
     _kept: list[Any] = field(default_factory=list)  # alive, so that an identity in ``_seen`` names one object
+    _tables: dict[int, tuple[nn.Module, dict[str, Any], dict[str, Any]]] = field(default_factory=dict)
     _hookless: list[Any] = field(default_factory=list)
     _flat: list[_Flat] | None = None
 
@@ -128,8 +130,8 @@ class ModuleReads:
             self._hold_function(path, value)
         elif isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, types.MethodType):
             if not is_foreign_class(type(value)) or isinstance(value, types.SimpleNamespace):
-                for name, item in vars(value).items():
-                    self.note(vars(value), name, item)
+                table = vars(value)  # as a whole: a new entry can hide an attribute of the class
+                self.held.append(Held(path, table, tuple(table), tuple(table.values())))
         elif not hasattr(value, "__next__") and not isinstance(value, torch.Generator):
             if (position := reachable.position(value)) is not None:
                 self.probes.append((path, lambda: reachable.position(value), position))
@@ -140,7 +142,9 @@ class ModuleReads:
 
     def _hold_function(self, path: str, value: types.FunctionType) -> None:
         self.probes.append((path, lambda: (value.__code__, value.__defaults__), (value.__code__, value.__defaults__)))
-        for cell in value.__closure__ or ():
+        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+            if only_counted(value.__code__, name):
+                continue
             held = _contents(cell)
             self.probes.append((path, lambda cell=cell: _contents(cell), held))
 
@@ -157,11 +161,17 @@ class ModuleReads:
         for hook in table.values():
             self.note_held(hook, "hook")
 
-    def note_table(self, table: dict[str, Any]) -> None:
+    def note_table(self, module: nn.Module, table: dict[str, Any]) -> None:
         """Submodules, parameters or buffers that were iterated over, not asked for by name."""
-        if id(table) not in self._seen:
-            self._seen.add(id(table))
-            self.held.append(Held("submodules", table, tuple(table), tuple(table.values())))
+        self._tables.setdefault(id(table), (module, table, dict(table)))
+
+    def _hold_tables(self) -> None:
+        for module, table, values in self._tables.values():
+            written = {name for owner, name in self.writes if owner == id(module)} & values.keys()
+            if not written:
+                self.held.append(Held("submodules", table, tuple(values), tuple(values.values())))
+            for name in values.keys() - written if written else ():
+                self.note(table, name, values[name])
 
     def note_fact(self, tensor: torch.Tensor, name: str) -> None:
         """A property of a tensor of the module that Python read: ``weight.dtype`` and the like."""
@@ -169,8 +179,10 @@ class ModuleReads:
             with torch._C.DisableTorchFunction():
                 self.facts.setdefault((id(tensor), name), (tensor, getattr(tensor, name)))
 
-    def note_globals(self) -> None:
-        """Guard what the executed functions look up outside the model; called once, after the recording."""
+    def finish(self) -> None:
+        """Guard what the executed functions look up outside the model, too; called once, after the recording."""
+        self._hold_tables()
+        self.slots = {key: slot for key, slot in self.slots.items() if not _passing(*slot)}
         for table, name, value in globals_read(self.codes, self.classes):
             self.note(table, name, value)
             if not isinstance(value, types.FunctionType) or value.__code__ in self.codes:
@@ -241,6 +253,11 @@ def _flatten(slots: Any) -> Iterator[_Flat]:
 _INTERNAL = frozenset(set(vars(nn.Module)) - {"forward", "_compiled_call_impl", "training"}) | frozenset(
     ("__class__", "__dict__")
 )
+
+
+def _passing(table: Mapping[str, Any], name: str, value: Any) -> bool:
+    """A tensor that the forward itself put there and took away again, as offloading hooks do."""
+    return isinstance(value, torch.Tensor) and table.get(name, value) is not value
 
 
 def _contents(cell: types.CellType) -> Any:

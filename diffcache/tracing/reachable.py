@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffcache.tracing.counting import only_counted
 from diffcache.tracing.executed import is_foreign_class
 
 SIMPLE = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size)
@@ -103,6 +104,8 @@ def members(value: Any) -> Iterator[tuple[str, Any]]:
 def _function_members(value: types.FunctionType) -> Iterator[tuple[str, Any]]:
     place = f"{os.path.basename(value.__code__.co_filename)}:{value.__code__.co_firstlineno}"
     for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
+        if only_counted(value.__code__, name):
+            continue
         try:
             yield f" closure {name} of {place}", cell.cell_contents
         except ValueError:  # an empty cell

@@ -25,6 +25,7 @@ from diffcache.tracing.guards import ModuleReads
 from diffcache.tracing.scalars import Tracked, plain, track
 from diffcache.tracing.spec import TensorSpec
 from diffcache.tracing.torch_calls import (
+    FAILS_BY_VALUE,
     LAYOUT,
     METADATA,
     RAW,
@@ -46,6 +47,7 @@ from diffcache.tracing.torch_calls import (
 )
 from diffcache.tracing.trace import ModuleCall, Trace
 from diffcache.tracing.values import Values
+from diffcache.tracing.watching import Patches
 
 
 class Recorder(Values, TorchFunctionMode):
@@ -61,6 +63,7 @@ class Recorder(Values, TorchFunctionMode):
         self.base = ambient()
         self.paths = {id(module): path for path, module in reversed(list(root.named_modules(remove_duplicate=False)))}
         self._writers: dict[int, fx.Node] = {}
+        self.patches = Patches([])
 
     # -- recording ---------------------------------------------------------------------------------------------
 
@@ -202,6 +205,8 @@ class Recorder(Values, TorchFunctionMode):
         for node in self.graph.nodes:
             if node.meta.get("storage") in self._writers:
                 node.meta["mutated"] = True
+            if not node.users and call_name(node.target).removeprefix("linalg_") in FAILS_BY_VALUE:
+                node.meta["guard"] = True  # nothing but whether it raises was wanted of it
         keys = {storage_key(leaf) for leaf in leaves(out) if isinstance(leaf, torch.Tensor)}
         return tuple({self._writers[key] for key in keys if key in self._writers})
 
@@ -300,7 +305,7 @@ class Recorder(Values, TorchFunctionMode):
         try:
             if leaf:
                 run = lambda: original(module, *plain(args), **plain(kwargs))  # noqa: E731
-                with self._aside(), self._leaf():
+                with self._aside(), self._leaf(module):
                     out = self.record("call_module", path, args, kwargs, run, "", opaque=path in self.opaque)
             else:
                 out = original(module, *args, **kwargs)
@@ -314,10 +319,11 @@ class Recorder(Values, TorchFunctionMode):
         return out
 
     @contextlib.contextmanager
-    def _leaf(self) -> Iterator[None]:
+    def _leaf(self, module: nn.Module) -> Iterator[None]:
         self.trace.reads.in_leaf = True
         try:
-            yield
+            with self.patches.lifted() if is_compiled(module) else contextlib.nullcontext():
+                yield
         finally:
             self.trace.reads.in_leaf = False
 
@@ -342,3 +348,9 @@ class Recorder(Values, TorchFunctionMode):
             if entry is not None and entry[0]() is leaf:
                 found.append(entry[1].name)
         return tuple(found)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Compiled by ``torch.compile(module)`` or ``module.compile()``."""
+    compiled = type(module).__module__.startswith("torch._dynamo")
+    return compiled or vars(module).get("_compiled_call_impl") is not None

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import operator
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -16,11 +15,11 @@ from diffcache.tracing import tree
 from diffcache.tracing.errors import CaptureError
 from diffcache.tracing.executed import executed_code
 from diffcache.tracing.opaque import opaque_functions
-from diffcache.tracing.recorder import Recorder
+from diffcache.tracing.recorder import Recorder, is_compiled
 from diffcache.tracing.scalars import Tracked, track
 from diffcache.tracing.spec import TensorSpec
 from diffcache.tracing.trace import Trace
-from diffcache.tracing.watching import watch_modules
+from diffcache.tracing.watching import Patch, Patches, watch_modules
 
 Bound = dict[str, Any]
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -29,7 +28,7 @@ _VARIADIC = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWOR
 
 def default_leaf(module: nn.Module, path: str) -> bool:
     """The deepest nodes: modules of ``torch.nn`` that are no containers, scripted and compiled modules."""
-    if getattr(module, "_compiled_call_impl", None) is not None or isinstance(module, torch.jit.ScriptModule):
+    if is_compiled(module) or isinstance(module, torch.jit.ScriptModule):
         return True
     home = type(module).__module__
     return home.startswith(("torch.nn.", "torch.ao.", "torch._dynamo")) and not isinstance(module, _CONTAINERS)
@@ -70,9 +69,8 @@ def own_generator(value: torch.Generator) -> torch.Generator:
     return copy
 
 
-@contextlib.contextmanager
-def _patched(recorder: Recorder) -> Iterator[None]:
-    """Route module calls, TorchScript functions and NumPy conversions of this thread through the recorder."""
+def _routes(recorder: Recorder) -> list[Patch]:
+    """Patches that route module calls, TorchScript functions and NumPy conversions of this thread through the recorder."""
     thread = threading.get_ident()
     call, script, from_numpy = nn.Module.__call__, torch._C.ScriptFunction.__call__, torch.from_numpy
 
@@ -94,15 +92,12 @@ def _patched(recorder: Recorder) -> Iterator[None]:
             recorder.literals[id(value)] = value
         return value
 
-    nn.Module.__call__ = call_module  # type: ignore[method-assign]
-    torch._C.ScriptFunction.__call__ = call_script  # type: ignore[method-assign]
-    torch.from_numpy = call_from_numpy
-    try:
-        yield
-    finally:
-        nn.Module.__call__ = call  # type: ignore[method-assign]
-        torch._C.ScriptFunction.__call__ = script  # type: ignore[method-assign]
-        torch.from_numpy = from_numpy
+    script_class = torch._C.ScriptFunction
+    return [
+        (nn.Module, "__call__", call_module),
+        (script_class, "__call__", call_script),
+        (torch, "from_numpy", call_from_numpy),
+    ]
 
 
 def record(
@@ -124,7 +119,8 @@ def record(
     args, kwargs = unbind(signature, inputs)
     try:
         reads = recorder.trace.reads
-        with watch_modules(reads), _patched(recorder), opaque_functions(recorder), executed_code(reads.codes), recorder:
+        recorder.patches = Patches([*watch_modules(reads), *_routes(recorder)])
+        with recorder.patches, opaque_functions(recorder), executed_code(reads.codes), recorder:
             recorder.active = True
             try:
                 out = root(*args, **kwargs)

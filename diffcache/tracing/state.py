@@ -7,6 +7,7 @@ attributes, dictionaries and lists on modules, iterators, arrays, closures of re
 from __future__ import annotations
 
 import copy
+import functools
 import random
 import sys
 import types
@@ -92,10 +93,12 @@ class Kept:
             for table in (vars(module), module._buffers, module._parameters, module._modules):
                 self._keep(table)
         seen: set[int] = set()
-        for path, value in _module_roots(root):
-            if path.startswith("class "):
-                self._keep_class_value(root, path.rpartition(".")[2], value)
+        for _, value in _module_roots(root):
             reachable.visit(value, "", seen, lambda _, item: self._keep(item))
+        for kind in {kind for module in root.modules() for kind in type(module).__mro__ if not is_foreign_class(kind)}:
+            for name, value in list(vars(kind).items()):
+                if isinstance(value, reachable.SIMPLE) and not name.startswith("__"):
+                    self._undo.append(functools.partial(_reset, kind, name, value))
 
     def _keep(self, value: Any) -> None:
         if isinstance(value, _IN_PLACE):
@@ -127,20 +130,17 @@ class Kept:
         if isinstance(held, reachable.SIMPLE):
             self._undo.append(lambda: setattr(cell, "cell_contents", held))
 
-    def _keep_class_value(self, root: nn.Module, name: str, value: Any) -> None:
-        if isinstance(value, reachable.SIMPLE):
-            for kind in {
-                kind for module in root.modules() for kind in type(module).__mro__ if kind.__dict__.get(name) is value
-            }:
-                if not is_foreign_class(kind):
-                    self._undo.append(lambda kind=kind: setattr(kind, name, value))  # type: ignore[misc]
-
     def restore(self) -> None:
         for undo in self._undo:
             undo()
         random.setstate(self._random)
         if self._numpy is not None:
             self._numpy[0].set_state(self._numpy[1])
+
+
+def _reset(kind: type, name: str, value: Any) -> None:
+    if kind.__dict__.get(name, _reset) is not value:
+        setattr(kind, name, value)
 
 
 def _copied(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import types
 from typing import Any
 
@@ -23,6 +24,9 @@ RAW = frozenset(("data_ptr", "untyped_storage", "storage", "__dlpack__", "_typed
 IMMEDIATE = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.layout,
               torch.memory_format, range)  # fmt: skip
 TENSOR_PROPERTIES = frozenset(("T", "mT", "H", "mH", "real", "imag", "data", "grad"))
+_METHOD_NAMES = {
+    id(method): name for name, method in vars(torch.Tensor).items() if callable(method)
+}  # x ** 2 calls a "pow"
 _GETTER = type(torch.Tensor.shape.__get__)  # type: ignore[attr-defined]
 
 _ELEMENTWISE = frozenset(
@@ -35,6 +39,7 @@ _SHAPING_FLOATS = frozenset("arange range interpolate upsample linspace logspace
 _SPLITS = frozenset(
     "split chunk unbind tensor_split hsplit vsplit dsplit unsafe_chunk unsafe_split split_with_sizes __iter__ nonzero where".split()
 )
+FAILS_BY_VALUE = frozenset("cholesky inv inverse solve solve_triangular lu_factor eigh svd qr lstsq ldl_factor".split())
 _RUNNING_STATISTICS = {"batch_norm": 1, "instance_norm": 1}
 
 
@@ -100,9 +105,15 @@ def call_target(func: Any, name: str, args: Any) -> tuple[Any, Any]:
     """How the graph calls it: properties by getattr, methods by name, everything else as the function itself."""
     if is_getter(func):
         return getattr, (args[0], name)
+    name = name if getattr(torch.Tensor, name, None) is func else _METHOD_NAMES.get(id(func), name)
     descriptor = isinstance(func, types.MethodDescriptorType | types.WrapperDescriptorType | types.FunctionType)
     if descriptor and args and isinstance(args[0], torch.Tensor) and getattr(torch.Tensor, name, None) is func:
         return name, args
+    if (
+        isinstance(func, types.FunctionType)
+        and getattr(sys.modules.get(func.__module__), func.__name__, None) is not func
+    ):
+        return invoke, (func, *args)  # a wrapper or an inner function: printing its name would not find it
     return func, args
 
 
@@ -110,7 +121,10 @@ def leaves(value: Any) -> list[Any]:
     """Leaves of an argument or output: lists, tuples, mappings and plain objects are walked."""
     if isinstance(value, torch.Tensor):
         return [value]
-    return [leaf for _, leaf in tree.walk(value)]
+    found = []
+    for _, leaf in tree.walk(value):
+        found += [leaf.start, leaf.stop, leaf.step] if isinstance(leaf, slice) else [leaf]
+    return found
 
 
 def storage_key(value: torch.Tensor) -> int | None:

@@ -29,6 +29,7 @@ class Values:
         self._nodes: dict[int, tuple[weakref.ref[Any], fx.Node]] = {}  # by identity, for as long as the tensor lives
         self._storages: dict[int, StorageWeakRef] = {}
         self._owned: set[int] = set()
+        self._of_storage: dict[int, list[int]] = {}
         self.inputs: set[int] = set()  # storages of the inputs' own copies
         self.objects: dict[int, tuple[Any, fx.Node]] = {}  # what opaque calls return besides tensors
         self.literals: dict[int, torch.Tensor] = {}  # made from NumPy data: equal data is the same constant
@@ -52,6 +53,8 @@ class Values:
         node.meta.setdefault("val", TensorSpec.of(value))
         storage = storage_key(value)
         node.meta["storage"] = storage
+        if storage is not None:
+            self._of_storage.setdefault(storage, []).append(key)
         if storage is not None and storage not in self._storages:
             self._storages[storage] = StorageWeakRef(value.untyped_storage())
             self._owned.add(storage)
@@ -73,6 +76,9 @@ class Values:
         name = self.names.get(id(value))
         unseen = name is None and id(value) not in self.literals
         if name is None:
+            if (twin := self._twin(value)) is not None:
+                self._nodes[id(value)] = (weakref.ref(value), twin)
+                return twin
             if storage_key(value) in self._owned:
                 raise Uncapturable(
                     f"a tensor made from recorded ones by code that torch does not show, at {user_line()}"
@@ -88,6 +94,18 @@ class Values:
         self._nodes[id(value)] = (weakref.ref(value), node)
         node.meta.update(val=TensorSpec.of(value), tainted=False, storage=storage_key(value))
         return node
+
+    def _twin(self, value: torch.Tensor) -> fx.Node | None:
+        """The node of a recorded tensor that ``value`` is a second object for, as ``nn.Parameter(tensor)`` is."""
+        for key in self._of_storage.get(storage_key(value) or 0, ()):
+            other, node = self._nodes.get(key, (lambda: None, None))
+            with torch._C.DisableTorchFunction():
+                if (tensor := other()) is not None and (
+                    tensor.shape == value.shape and tensor.stride() == value.stride() and tensor.dtype == value.dtype
+                    and tensor.storage_offset() == value.storage_offset() and type(value) in (torch.Tensor, nn.Parameter)
+                ):  # fmt: skip
+                    return node
+        return None
 
     def keep(self, values: list[Any], writes: bool) -> None:
         """Copy what a call may change and that outlives the forward, so that recording leaves it untouched."""

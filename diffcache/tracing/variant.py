@@ -51,15 +51,22 @@ class Variant:
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the graph; on a failed guard put back what it had written and raise ``GuardFailed``."""
+        with self.restoring(args, kwargs):
+            return self.graph_module.forward(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def restoring(self, *values: Any) -> Iterator[None]:
+        """Around a run of this graph, or of a program made from it, on ``values``: a run that raises leaves no write."""
         if not self._restores:
-            return self.graph_module(*args, **kwargs)
+            yield
+            return
         saved = [(tensor, tensor.clone()) for tensor in self.trace.persistent]
         if self.trace.writes_inputs:
-            leaves = [leaf for _, leaf in tree.walk((args, kwargs))]
+            leaves = [leaf for _, leaf in tree.walk(values)]
             saved += [(leaf, leaf.clone()) for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        random = RandomState(self.trace, args, kwargs) if self._draws else None
+        random = RandomState(self.trace, *values) if self._draws else None
         try:
-            return self.graph_module(*args, **kwargs)
+            yield
         except Exception:
             with torch.no_grad():
                 for tensor, value in saved:
@@ -124,6 +131,12 @@ def capture_variant(
     opaque: dict[str, str] = {}
     if any(map(nn.parameter.is_lazy, (*root.parameters(), *root.buffers()))):
         raise CaptureError(f"{type(root).__name__} has uninitialized parameters: run it once before it is captured")
+
+    if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
+        raise CaptureError(
+            f"{type(root).__name__} cannot be captured while hooks on all modules are registered "
+            "(register_module_forward_hook): they would run for the graph's own module, too"
+        )
 
     def is_leaf(module: nn.Module, path: str) -> bool:
         return path in opaque or default_leaf(module, path) or any(_matches(module, path, leaf) for leaf in leaves)
@@ -225,7 +238,7 @@ def _attempt(
                 raise CaptureError(_refusal(root, "two calls with equal inputs are different programs", difference[1]))
             chosen = latest  # a cache outside the module was filled
     chosen.reads = latest.reads  # of a call that found every cache filled
-    chosen.reads.note_globals()
+    chosen.reads.finish()
     variant = Variant(_graph_module(root, chosen), chosen, input_specs(chosen), recording.static, dict(opaque))
     _verify(root, signature, variant, check)
     return variant

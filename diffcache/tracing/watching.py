@@ -21,9 +21,40 @@ _UNGUARDED = frozenset(
 _MISSING = object()
 
 
-@contextlib.contextmanager
-def watch_modules(reads: ModuleReads) -> Iterator[None]:
-    """Note every attribute that this thread reads from or writes to a module."""
+Patch = tuple[Any, str, Any]
+
+
+class Patches:
+    """Attributes of classes and modules of torch that are something else while a forward is recorded."""
+
+    def __init__(self, patches: list[Patch]):
+        self._patches = patches
+        self._before: list[Any] = []
+
+    def __enter__(self) -> None:
+        self._before = [vars(owner).get(name, _MISSING) for owner, name, _ in self._patches]
+        for owner, name, value in self._patches:
+            setattr(owner, name, value)
+
+    def __exit__(self, *error: object) -> None:
+        for (owner, name, _), value in zip(self._patches, self._before, strict=True):
+            if value is _MISSING:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
+
+    @contextlib.contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Without the patches for a while: a compiler that runs inside would compile them, too."""
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
+
+
+def watch_modules(reads: ModuleReads) -> list[Patch]:
+    """Patches that note every attribute that this thread reads from or writes to a module."""
     thread = threading.get_ident()
     get, set_ = nn.Module.__getattribute__, nn.Module.__setattr__
     getattr_, init = nn.Module.__getattr__, nn.Module.__init__
@@ -41,7 +72,7 @@ def watch_modules(reads: ModuleReads) -> Iterator[None]:
         if name not in _UNGUARDED and (not reads.in_leaf or name == "training") and mine(self):
             attributes = get(self, "__dict__")
             if name in _TABLES:
-                reads.note_table(value)
+                reads.note_table(self, value)
             elif name not in attributes:
                 reads.read_first.add((id(self), name))
                 reads.note_absent(self, attributes, name)
@@ -74,14 +105,5 @@ def watch_modules(reads: ModuleReads) -> Iterator[None]:
             reads.writes[id(self), name] = Write(self, name, old.before if old else before, value, user_line())
         set_(self, name, value)
 
-    nn.Module.__init__ = create  # type: ignore[method-assign]
-    nn.Module.__getattribute__ = read  # type: ignore[method-assign]
-    nn.Module.__getattr__ = reach  # type: ignore[assignment, method-assign]
-    nn.Module.__setattr__ = write  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.__init__ = init  # type: ignore[method-assign]
-        del nn.Module.__getattribute__
-        nn.Module.__getattr__ = getattr_  # type: ignore[method-assign]
-        nn.Module.__setattr__ = set_  # type: ignore[method-assign]
+    methods = {"__init__": create, "__getattribute__": read, "__getattr__": reach, "__setattr__": write}
+    return [(nn.Module, name, method) for name, method in methods.items()]
