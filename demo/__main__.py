@@ -128,7 +128,7 @@ def main() -> int:
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(1)  # the model is small: a second thread gains little, and loses much beside a busy process
-    console = Console()
+    console = Console(soft_wrap=True)
     pipe = DigitsPipeline.from_pretrained(MODEL)
     pipe.set_progress_bar_config(disable=True)
     parameters = sum(p.numel() for p in pipe.transformer.parameters())
@@ -139,7 +139,6 @@ def main() -> int:
     calibration = CALIBRATION[:2] if options.quick else CALIBRATION
     fast = diffcache.compile(pipe, _items(calibration), budget=diffcache.Speedup(options.speedup), verbose=True)
     rows = compare(pipe, fast, HELD_OUT_SEEDS[:1] if options.quick else HELD_OUT_SEEDS, options.quick)
-    console.print(str(fast.report), str(fast.schedule), sep="\n", highlight=False)
     print_table(console, rows)
     for file in draw(fast, rows, options.out):
         console.print(f"wrote {file}")

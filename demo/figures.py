@@ -70,8 +70,14 @@ def schedule_grid(schedule: Schedule, file: Path) -> None:
     )  # fmt: skip
     used = sorted({cell for row in cells for cell in row})
     handles = [plt.Rectangle((0, 0), 1, 1, color=list(KINDS.values())[k]) for k in used]
-    axis.legend(handles, [list(LABELS.values())[k] for k in used], ncols=4, fontsize=8, frameon=False,
-                loc="upper left", bbox_to_anchor=(0, -0.55 / height * 1.6))  # fmt: skip
+    figure.legend(
+        handles,
+        [list(LABELS.values())[k] for k in used],
+        ncols=4,
+        fontsize=8,
+        frameon=False,
+        loc="outside lower center",
+    )
     _save(figure, file)
 
 

@@ -83,7 +83,7 @@ def _call(function: Callable[..., Any] | str, args: tuple[Any, ...], kwargs: dic
 
 
 def wrap(before: Settings, now: Settings) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The function and its leading arguments that replay an op recorded under ``now`` in a call made under ``before``."""
+    """The function and leading arguments that replay an op recorded under ``now`` in a call made under ``before``."""
     if before[4:] == now[4:]:
         for device, k in (("cpu", 0), ("cuda", 2)):
             others = tuple(i for i in range(4) if i not in (k, k + 1))

@@ -116,8 +116,8 @@ class Captured(nn.Module):
         self._forget_stale()
         if len(self.variants) >= MAX_VARIANTS:
             raise CaptureError(
-                f"{type(self.denoiser).__name__} needs more than {MAX_VARIANTS} graphs: its forward takes another path, or "
-                f"reads another value, at almost every call ({_last_guard(self.variants[-1])}). "
+                f"{type(self.denoiser).__name__} needs more than {MAX_VARIANTS} graphs: its forward takes another path "
+                f"or reads another value, at almost every call ({_last_guard(self.variants[-1])}). "
                 "Pass on_uncapturable='eager' to run such calls uncached."
             )
         variant = capture_variant(self.denoiser, self.signature, bound, self.leaf_modules)
@@ -207,4 +207,5 @@ def capture(
             raise
         captured.refused = str(error)
         warnings.warn(f"runs uncached: {error}", stacklevel=2)
-    return functools.update_wrapper(captured, denoiser.forward, assigned=("__doc__",), updated=())
+    functools.update_wrapper(captured, denoiser.forward, assigned=("__doc__",), updated=())
+    return captured

@@ -26,16 +26,12 @@ def first_difference(a: Trace, b: Trace) -> tuple[str, str] | None:
                 f"{left.format_node()} against {right.format_node()} in {left.meta.get('path') or 'forward'}",
             )
         if left.op == "get_attr" and not _same_attribute(left, right, a, b):
-            return (
-                "constant",
-                f"{left.target} used at {b.unseen.get(str(right.target)) or right.meta.get('where') or left.meta.get('path')}",
-            )
+            where = b.unseen.get(str(right.target)) or right.meta.get("where") or left.meta.get("path")
+            return "constant", f"{left.target} used at {where}"
         if not _same(left.args, right.args, index) or not _same(left.kwargs, right.kwargs, index):
             kind = "guard" if left.target is expect else "constant"
-            return (
-                kind,
-                f"{left.format_node()} against {right.format_node()}, {left.meta.get('where') or left.meta.get('path')}",
-            )
+            where = left.meta.get("where") or left.meta.get("path")
+            return kind, f"{left.format_node()} against {right.format_node()}, {where}"
         index[left] = right
     if len(a.graph.nodes) != len(b.graph.nodes):
         return "structure", f"{len(a.graph.nodes)} nodes against {len(b.graph.nodes)}"

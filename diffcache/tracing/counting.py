@@ -1,4 +1,4 @@
-"""Counters that nothing reads: a hook or wrapper that only counts calls keeps state, but none that a result could see."""
+"""Counters that nothing reads: a hook or wrapper that only counts calls keeps state that no result can see."""
 
 from __future__ import annotations
 

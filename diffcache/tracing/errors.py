@@ -19,7 +19,7 @@ class CaptureError(ValueError):
 
 
 class Uncapturable(Exception):
-    """Raised while recording: this region cannot become nodes. The innermost module may still become one opaque node."""
+    """Raised while recording: this region cannot become nodes. The innermost module may still become one node."""
 
 
 class GuardFailed(Exception):

@@ -8,11 +8,12 @@ dictionary look-ups, done in C, so a graph that outlived a LoRA switch, a swappe
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 import types
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,10 +25,13 @@ from diffcache.tracing.counting import only_counted
 from diffcache.tracing.executed import ClassTables, Codes, globals_read, is_foreign_class
 
 _MISSING = object()
-_PROPERTIES = {"is_floating_point": "dtype", "is_complex": "dtype", "element_size": "dtype", "size": "shape", "dim": "shape",
-               "numel": "shape", "nelement": "shape", "__len__": "shape", "ndim": "shape", "is_cuda": "device",
-               "is_cpu": "device", "get_device": "device", "dtype": "dtype", "shape": "shape", "device": "device",
-               "requires_grad": "requires_grad", "layout": "layout"}  # fmt: skip
+_PROPERTIES = {
+    **dict.fromkeys(("is_floating_point", "is_complex", "element_size", "dtype"), "dtype"),
+    **dict.fromkeys(("size", "dim", "numel", "nelement", "__len__", "ndim", "shape"), "shape"),
+    **dict.fromkeys(("is_cuda", "is_cpu", "get_device", "device"), "device"),
+    "requires_grad": "requires_grad",
+    "layout": "layout",
+}
 
 
 @dataclass
@@ -137,7 +141,7 @@ class ModuleReads:
                 self.probes.append((path, lambda: reachable.position(value), position))
         for name in reachable.slots_of(value) if not isinstance(value, tuple | Mapping) else ():
             self.probes.append(
-                (f"{path}.{name}", lambda name=name: getattr(value, name, _MISSING), getattr(value, name))
+                (f"{path}.{name}", functools.partial(getattr, value, name, _MISSING), getattr(value, name))
             )
 
     def _hold_function(self, path: str, value: types.FunctionType) -> None:
@@ -146,7 +150,7 @@ class ModuleReads:
             if only_counted(value.__code__, name):
                 continue
             held = _contents(cell)
-            self.probes.append((path, lambda cell=cell: _contents(cell), held))
+            self.probes.append((path, functools.partial(_contents, cell), held))
 
     def note_hooks(self, module: nn.Module) -> None:
         for name in ("_forward_hooks", "_forward_pre_hooks"):
@@ -222,7 +226,7 @@ class ModuleReads:
 class _Flat:
     """Look-ups in tables of one kind, compared in one pass."""
 
-    def __init__(self, get: Callable[..., Any], rows: list[tuple[Mapping[str, Any], str, Any]]):
+    def __init__(self, get: Callable[..., Any], rows: Sequence[tuple[Any, str, Any]]):
         self.get = get
         self.tables, self.names, self.values = map(list, zip(*rows, strict=True))
 

@@ -77,7 +77,8 @@ def _copy(function: types.FunctionType) -> types.FunctionType:
 def _trampoline(name: str, code: types.CodeType) -> types.CodeType:
     """Code that hands the call over, with as many free variables as the code it stands in for."""
     assert not code.co_freevars, f"{name} has a closure"
-    source = f"def {name}(*args, **kwargs):\n    from diffcache.tracing import opaque\n    return opaque.call({name!r}, args, kwargs)\n"
+    body = f"from diffcache.tracing import opaque\n    return opaque.call({name!r}, args, kwargs)"
+    source = f"def {name}(*args, **kwargs):\n    {body}\n"
     scope: dict[str, Any] = {}
     exec(source, scope)
     return scope[name].__code__

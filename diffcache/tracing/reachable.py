@@ -1,6 +1,6 @@
 """What Python objects hold: one walk for the digest of hidden state, for guards on it, and for putting it back.
 
-Tensors, modules, classes and plain values are leaves; everything else that can keep a value between two calls is entered.
+Tensors, modules, classes and plain values are leaves; all else that can keep a value between two calls is entered.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import types
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -32,7 +32,7 @@ def is_leaf(value: Any) -> bool:
 def is_numpy(value: Any, name: str) -> bool:
     """Whether ``value`` is of this NumPy class (without importing NumPy for a program that does not)."""
     numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(value, functools.reduce(getattr, name.split("."), numpy))
+    return numpy is not None and isinstance(value, cast(type, functools.reduce(getattr, name.split("."), numpy)))
 
 
 def position(value: Any) -> Any:
@@ -65,7 +65,7 @@ def position(value: Any) -> Any:
 
 def slots_of(value: Any) -> list[str]:
     """Names in ``__slots__`` of the classes of an object that hold something."""
-    return [name for name in slots_of_class(type(value)) if hasattr(value, name)]
+    return [name for name in slots_of_class(cast(Any, type(value))) if hasattr(value, name)]
 
 
 @functools.lru_cache(maxsize=1024)

@@ -92,7 +92,7 @@ class Recorder(Values, TorchFunctionMode):
     def record(
         self, op: str, target: Any, args: Any, kwargs: Any, run: Callable[[], Any], name: str, *, opaque: bool = False
     ) -> Any:
-        """Run one torch call and add its node; of an ``opaque`` call nothing is known, so its shapes are not trusted."""
+        """Run one torch call and add its node; of an ``opaque`` call nothing is known, its shapes are not trusted."""
         given = leaves((args, kwargs))
         tensors = [leaf for leaf in given if isinstance(leaf, torch.Tensor)]
         nargs, nkwargs = self.argument(tuple(args)), self.argument(dict(kwargs))

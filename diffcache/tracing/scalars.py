@@ -1,8 +1,8 @@
 """Python numbers that the graph must follow: timesteps passed as numbers, and numbers read from tensors by ``.item()``.
 
-A ``Tracked`` number says it is a ``float`` or ``int`` (``isinstance`` agrees) without being one, so no C code can read it
-unseen. Arithmetic on it is recorded as nodes, a comparison becomes a guard on its truth, torch calls take its node, and
-every other use goes through ``__float__``, ``__index__`` and the like, where its value is guarded.
+A ``Tracked`` number says it is a ``float`` or ``int`` (``isinstance`` agrees) without being one, so no C code can
+read it unseen. Arithmetic on it is recorded as nodes, a comparison becomes a guard on its truth, torch calls take its
+node, and every other use goes through ``__float__``, ``__index__`` and the like, where its value is guarded.
 """
 
 from __future__ import annotations
@@ -20,10 +20,21 @@ if TYPE_CHECKING:
 _ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")
 _UNARY = ("neg", "pos", "abs")
 _COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
-_ESCAPES = {
-    "bool": bool, "int": int, "float": float, "index": operator.index, "hash": hash, "round": round, "trunc": math.trunc,
-    "floor": math.floor, "ceil": math.ceil, "str": str, "repr": repr, "format": format, "complex": complex,
-}  # fmt: skip
+_ESCAPES: dict[str, Callable[..., Any]] = {
+    "bool": bool,
+    "int": int,
+    "float": float,
+    "complex": complex,
+    "index": operator.index,
+    "hash": hash,
+    "round": round,
+    "trunc": math.trunc,
+    "floor": math.floor,
+    "ceil": math.ceil,
+    "str": str,
+    "repr": repr,
+    "format": format,
+}
 
 
 class Tracked:
@@ -34,7 +45,7 @@ class Tracked:
     def __init__(self, number: int | float, node: fx.Node, recorder: Recorder):
         self.number, self.node, self.recorder = number, node, recorder
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:  # type: ignore[override]
         return type(self.number)
 
@@ -98,5 +109,5 @@ for _name in (*_ARITHMETIC, *_UNARY, *_COMPARISONS):
     setattr(Tracked, f"__{_name}__", _recorded(_function, reflected=False, compares=_name in _COMPARISONS))
     if _name in _ARITHMETIC:
         setattr(Tracked, f"__r{_name}__", _recorded(_function, reflected=True, compares=False))
-for _name, _function in _ESCAPES.items():
-    setattr(Tracked, f"__{_name}__", _escaping(_function))
+for _name, _escape_as in _ESCAPES.items():
+    setattr(Tracked, f"__{_name}__", _escaping(_escape_as))

@@ -23,7 +23,7 @@ from diffcache.tracing.watching import Patch, Patches, watch_modules
 
 Bound = dict[str, Any]
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-_VARIADIC = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+_VARIADIC: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 
 
 def default_leaf(module: nn.Module, path: str) -> bool:
@@ -70,7 +70,7 @@ def own_generator(value: torch.Generator) -> torch.Generator:
 
 
 def _routes(recorder: Recorder) -> list[Patch]:
-    """Patches that route module calls, TorchScript functions and NumPy conversions of this thread through the recorder."""
+    """Patches that route module calls, TorchScript functions and NumPy conversions through the recorder."""
     thread = threading.get_ident()
     call, script, from_numpy = nn.Module.__call__, torch._C.ScriptFunction.__call__, torch.from_numpy
 
@@ -132,7 +132,8 @@ def record(
         raise
     if recorder.trace.swallowed:
         raise CaptureError(
-            f"{type(root).__name__} cannot be captured exactly: an error of a module is caught, after {recorder.trace.swallowed}"
+            f"{type(root).__name__} cannot be captured exactly: an error of a module is caught, after "
+            f"{recorder.trace.swallowed}"
         )
     _replay_input_writes(recorder, before, inputs)
     recorder.graph.output(_output(recorder, out)).meta["deps"] = recorder.finish((out, inputs))
@@ -225,7 +226,8 @@ def _output(recorder: Recorder, out: Any) -> Any:
         items = {key: _output(recorder, item) for key, item in out.items()} if isinstance(out, Mapping) else {}
         if not isinstance(out, Mapping) and not hasattr(out, "__dict__"):
             raise CaptureError(f"the forward returns a {type(out).__name__}, whose parts cannot be reached")
-        node = recorder.graph.call_function(tree.rebuild_object, (type(out), attributes, items))
+        parts: Any = (type(out), attributes, items)
+        node = recorder.graph.call_function(tree.rebuild_object, parts)
     node.meta.update(tainted=True, call=-1, path="", deps=(), assembles=True)
     return node
 

@@ -10,7 +10,7 @@ from torch import nn
 
 
 def source_line(root: nn.Module, path: str) -> str:
-    """The line that most likely changes the state at ``path``: an assignment to that name in a method but ``__init__``."""
+    """The line that most likely changes the state at ``path``: an assignment to that name outside ``__init__``."""
     names = [part for part in re.split(r"[^A-Za-z0-9_]+", path) if part.isidentifier()]
     for name in reversed(names):
         write = re.compile(

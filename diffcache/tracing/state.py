@@ -1,7 +1,8 @@
 """The Python state a denoiser keeps between calls: as a comparable digest, and as a copy that can be put back.
 
 A graph cannot replay ``self.calls += 1``. The digest before and after a forward shows such state wherever it hides:
-attributes, dictionaries and lists on modules, iterators, arrays, closures of replaced forwards, class attributes, globals.
+attributes, dictionaries and lists on modules, iterators, arrays, closures of replaced forwards, class attributes and
+globals.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from diffcache.tracing import reachable
 from diffcache.tracing.executed import ClassTables, Codes, globals_read, is_foreign_class
 
 _SKIPPED = frozenset(
-    ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
-     "_state_dict_hooks", "_load_state_dict_pre_hooks", "_non_persistent_buffers_set")
+    ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
+     "_backward_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks", "_non_persistent_buffers_set")
 )  # fmt: skip
 _IN_PLACE = (dict, list, set, deque)
 Digest = dict[str, Any]
@@ -112,7 +113,7 @@ class Kept:
             self._undo.append(lambda: value.__setitem__(Ellipsis, array))
         elif isinstance(value, torch.Generator):
             state = value.get_state()
-            self._undo.append(lambda: value.set_state(state) and None)
+            self._undo.append(functools.partial(_set_state, value, state))
         elif isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
             drawn = value.getstate()
             self._undo.append(lambda: value.setstate(drawn))
@@ -169,3 +170,7 @@ def _refill(value: Any, saved: Any) -> None:
     else:
         value.clear()
         value.extend(saved)
+
+
+def _set_state(generator: torch.Generator, state: torch.Tensor) -> None:
+    generator.set_state(state)

@@ -30,14 +30,16 @@ _METHOD_NAMES = {
 _GETTER = type(torch.Tensor.shape.__get__)  # type: ignore[attr-defined]
 
 _ELEMENTWISE = frozenset(
-    "add sub mul div true_divide floor_divide remainder fmod pow rsub neg lt le gt ge eq ne lerp clamp clip clamp_min clamp_max "
-    "addcmul addcdiv where full_like fill fill_ masked_fill masked_fill_ tensor as_tensor scalar_tensor maximum minimum "
-    "isclose dropout alpha_dropout gelu leaky_relu elu threshold nan_to_num __setitem__ select to item exp log "
-    "layer_norm rms_norm group_norm softmax scaled_dot_product_attention under autocast_under grad_under".split()
+    "add sub mul div true_divide floor_divide remainder fmod pow rsub neg lt le gt ge eq ne lerp clamp clip clamp_min "
+    "clamp_max addcmul addcdiv where full_like fill fill_ masked_fill masked_fill_ tensor as_tensor scalar_tensor "
+    "maximum minimum isclose dropout alpha_dropout gelu leaky_relu elu threshold nan_to_num __setitem__ select to "
+    "item exp log layer_norm rms_norm group_norm softmax scaled_dot_product_attention under "
+    "autocast_under grad_under".split()
 )
 _SHAPING_FLOATS = frozenset("arange range interpolate upsample linspace logspace affine_grid".split())
 _SPLITS = frozenset(
-    "split chunk unbind tensor_split hsplit vsplit dsplit unsafe_chunk unsafe_split split_with_sizes __iter__ nonzero where".split()
+    "split chunk unbind tensor_split hsplit vsplit dsplit unsafe_chunk unsafe_split "
+    "split_with_sizes __iter__ nonzero where".split()
 )
 FAILS_BY_VALUE = frozenset("cholesky inv inverse solve solve_triangular lu_factor eigh svd qr lstsq ldl_factor".split())
 _RUNNING_STATISTICS = {"batch_norm": 1, "instance_norm": 1}

@@ -103,7 +103,8 @@ def _items(value: Any, leaf: Callable[[Any], Any]) -> dict[Any, Any]:
 
 def rebuild_object(kind: type, attributes: dict[str, Any], items: dict[Any, Any] | None = None) -> Any:
     """An instance of ``kind`` with these attributes (and items, for mappings), without running its constructor."""
-    copy = kind.__new__(kind)
+    make: Any = kind.__new__
+    copy = make(kind)
     if items:
         for key, item in items.items():
             dict.__setitem__(copy, key, item)

@@ -102,7 +102,8 @@ class Values:
             with torch._C.DisableTorchFunction():
                 if (tensor := other()) is not None and (
                     tensor.shape == value.shape and tensor.stride() == value.stride() and tensor.dtype == value.dtype
-                    and tensor.storage_offset() == value.storage_offset() and type(value) in (torch.Tensor, nn.Parameter)
+                    and tensor.storage_offset() == value.storage_offset()
+                    and type(value) in (torch.Tensor, nn.Parameter)
                 ):  # fmt: skip
                     return node
         return None
@@ -127,7 +128,7 @@ class Values:
         node.meta["path"] = self.trace.calls[self.stack[-1]].path if self.stack else ""
 
     def argument(self, value: Any) -> Any:
-        """A call's argument as fx wants it: tensors and tracked numbers as nodes, containers walked, objects by name."""
+        """A call's argument as fx wants it: tensors and tracked numbers as nodes, containers walked, objects named."""
         if isinstance(value, torch.Tensor):
             return self.node_of(value)
         if type(value) is Tracked:
@@ -160,7 +161,8 @@ class Values:
         held = {k: self.argument(cell) for k, cell in enumerate(cells) if any(map(self._is_computed, leaves(cell)))}
         if not held:
             return self.object_node(value)
-        node = self.graph.call_function(with_closure, (self.object_node(value, check=False), held))
+        parts: Any = (self.object_node(value, check=False), held)
+        node = self.graph.call_function(with_closure, parts)
         self._place(node)
         node.meta.update(tainted=any(n.meta.get("tainted") for n in node.all_input_nodes), deps=())
         return node

@@ -56,7 +56,7 @@ class Variant:
 
     @contextlib.contextmanager
     def restoring(self, *values: Any) -> Iterator[None]:
-        """Around a run of this graph, or of a program made from it, on ``values``: a run that raises leaves no write."""
+        """Around a run of this graph, or of a program made from it, on ``values``: one that raises leaves no write."""
         if not self._restores:
             yield
             return
@@ -183,7 +183,7 @@ class _Recording:
             except (CaptureError, Uncapturable):
                 raise
             except Exception as error:
-                escaped = getattr(error, "escaped", frozenset()) - self.static
+                escaped: frozenset[tree.Path] = getattr(error, "escaped", frozenset()) - self.static
                 if not escaped and not self.track_items:
                     self._explain(bound, error)
                 if not escaped:
@@ -200,7 +200,8 @@ class _Recording:
         args, kwargs = unbind(self.signature, {name: tree.rebuild(value, _own) for name, value in bound.items()})
         with untouched(self.root):
             self.root(*args, **kwargs)
-        reason = f"it fails while it is recorded ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        first = str(error).splitlines()[0] if str(error) else ""
+        reason = f"it fails while it is recorded ({type(error).__name__}: {first})"
         raise CaptureError(_refusal(self.root, reason, innermost_line(error))) from error
 
 
