@@ -36,7 +36,7 @@ def apply_schedule(gm: fx.GraphModule, *, sites: Sequence[Site] = (), cells: Seq
         ValueError: a site's node is not in this graph.
     """
     graph = gm.graph
-    nodes = {node.meta.get("hoisted_from", node.name): node for node in graph.nodes}
+    nodes = {node.meta.get("captured_as", node.name): node for node in graph.nodes}
     end = find_output(graph)
     returned = {node.meta.get("storage") for node in _returned(end)}
     last = _last_placeholder(graph)

@@ -28,7 +28,7 @@ def flatten_inputs(gm: fx.GraphModule) -> fx.GraphModule:
     for node in [node for node in graph.nodes if "input" in node.meta]:
         with graph.inserting_before(originals[0]):
             leaf = graph.placeholder(_identifier(node.meta["input"]))
-        leaf.meta = dict(node.meta)
+        leaf.meta = dict(node.meta) | {"captured_as": node.name}  # sites go by the names of the capture
         node.replace_all_uses_with(leaf)
         node.meta.pop("input")
     for node in reversed(list(graph.nodes)):

@@ -38,7 +38,8 @@ def hoist_step_invariant(gm: fx.GraphModule, *, invariant: Collection[object] = 
     for index, node in enumerate(values):
         with gm.graph.inserting_after(last):
             last = gm.graph.placeholder(f"hoisted_{index}")
-        last.meta = {k: v for k, v in node.meta.items() if k != "deps"} | {"hoisted_from": node.name}
+        last.meta = {k: v for k, v in node.meta.items() if k != "deps"}
+        last.meta.setdefault("captured_as", node.name)
         node.replace_all_uses_with(last)
     for node in reversed(work):
         if not node.users:

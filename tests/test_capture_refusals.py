@@ -189,11 +189,11 @@ STATE: list[tuple[type[Toy], str, str]] = [
     (Closure, "closure calls", "calls += 1"),
     (Iterator, "scales", "next(self.scales)"),
     (Array, "calls", "self.calls[0] += 1"),
-    (Global, "SHARED", "in toys.py"),
+    (Global, "SHARED", 'SHARED["n"] += 1'),
     (GlobalObject, "RECORD", "RECORD.calls += 1"),
-    (MutableDefault, "with_default default 0", "in toys.py"),
-    (PythonRandom, "python random state", "in toys.py"),
-    (NumpyGenerator, "draws", "in toys.py"),
+    (MutableDefault, "with_default default calls", "calls[0] += 1"),
+    (PythonRandom, "python random state", "random.random()"),
+    (NumpyGenerator, "draws", "self.draws.random()"),
     (Clock, "two calls with equal inputs", "time.perf_counter()"),
     (FreshGenerator, "two calls with equal inputs", "torch.Generator()"),
     (DataSetter, "data of a tensor", "h.data = h.data * 2"),
@@ -212,7 +212,9 @@ def test_refused_with_the_reason_and_the_line(kind: type[Toy], reason: str, line
 
 def state_of(model: Toy) -> Any:
     values = {name: value for name, value in vars(model).items() if not name.startswith("_")}
-    shown = repr({name: list(value) if isinstance(value, collections.deque) else value for name, value in values.items()})
+    shown = repr(
+        {name: list(value) if isinstance(value, collections.deque) else value for name, value in values.items()}
+    )  # noqa: E501
     return shown, random.getstate(), torch.get_rng_state().tolist(), SHARED["n"], ClassDefault.calls
 
 
@@ -277,6 +279,6 @@ class Endless(Toy):
 def test_another_path_at_every_call_is_refused_in_the_end() -> None:
     with torch.no_grad():
         captured = diffcache.capture(make(Endless), *inputs(0)[0])
-        with pytest.raises(diffcache.CaptureError, match="needs more than 64 graphs"):
+        with pytest.raises(diffcache.CaptureError, match="needs more than 64 graphs"):  # noqa: PT012
             for step in range(70):
                 captured(*inputs(step)[0])

@@ -25,14 +25,26 @@ SIMPLE = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.
 MAX_ITEMS, MAX_DEPTH = 4096, 6
 
 
+@functools.lru_cache(maxsize=4096)
+def _leaf_type(kind: type) -> bool:
+    return issubclass(kind, SIMPLE) or issubclass(kind, torch.Tensor | nn.Module | type | types.ModuleType)
+
+
 def is_leaf(value: Any) -> bool:
-    return isinstance(value, SIMPLE) or isinstance(value, torch.Tensor | nn.Module | type | types.ModuleType)
+    return _leaf_type(type(value)) or isinstance(value, torch.Tensor)
+
+
+@functools.lru_cache(maxsize=4096)
+def is_simple(kind: type) -> bool:
+    """Whether values of this type are plain: equal ones are interchangeable."""
+    return issubclass(kind, SIMPLE)
 
 
 def is_numpy(value: Any, name: str) -> bool:
     """Whether ``value`` is of this NumPy class (without importing NumPy for a program that does not)."""
-    numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(value, cast(type, functools.reduce(getattr, name.split("."), numpy)))
+    if not type(value).__module__.startswith("numpy"):
+        return False
+    return isinstance(value, functools.reduce(getattr, name.split("."), sys.modules["numpy"]))
 
 
 def position(value: Any) -> Any:
@@ -110,8 +122,10 @@ def _function_members(value: types.FunctionType) -> Iterator[tuple[str, Any]]:
             yield f" closure {name} of {place}", cell.cell_contents
         except ValueError:  # an empty cell
             continue
-    for index, item in enumerate(value.__defaults__ or ()):
-        yield f" default {index}", item
+    defaults = value.__defaults__ or ()
+    arguments = value.__code__.co_varnames[: value.__code__.co_argcount]
+    for name, item in zip(arguments[len(arguments) - len(defaults) :], defaults, strict=False):
+        yield f" default {name}", item
     for name, item in (value.__kwdefaults__ or {}).items():
         yield f" default {name}", item
     for name, item in vars(value).items():

@@ -122,7 +122,7 @@ class Recorder(Values, TorchFunctionMode):
             op, target, nargs, nkwargs = self._under(now, op, target, nargs, nkwargs)
         node = self.graph.create_node(op, target, nargs, nkwargs, name=self._node_name(name))
         self._place(node)
-        node.meta["where"] = None
+        node.meta["where"] = user_line()
         random = rng != generator_states() or any(isinstance(leaf, torch.Generator) for leaf in given)
         if random:
             node.meta["random"] = True

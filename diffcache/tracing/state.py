@@ -37,7 +37,7 @@ def digest(root: nn.Module, codes: Codes) -> Digest:
     seen: set[int] = set()
 
     def note(path: str, value: Any) -> None:
-        if isinstance(value, reachable.SIMPLE):
+        if reachable.is_simple(type(value)):
             found[path] = (type(value).__name__, value if value == value else "nan")
         elif isinstance(value, torch.Tensor):
             found[path] = ("tensor", id(value))  # writes in place are nodes of the graph; a new tensor is hidden state
@@ -154,8 +154,8 @@ def _copied(value: Any) -> Any:
 def _iterator_copy(value: Any) -> Any:
     if hasattr(value, "__next__") and not hasattr(value, "send"):
         try:
-            return copy.copy(value)
-        except TypeError:
+            return copy.deepcopy(value)  # a shallow copy of some goes on from the same inner iterator
+        except Exception:  # it may hold anything
             return value
     return value
 

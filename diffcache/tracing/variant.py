@@ -265,7 +265,7 @@ def _refuse_state(root: nn.Module, second: Trace, changed: list[str]) -> None:
         raise CaptureError(_refusal(root, reason, lasting[0].where))
     if changed:
         reason = f"Python state changes at every call: {', '.join(changed[:3])}"
-        raise CaptureError(_refusal(root, reason, source_line(root, changed[0])))
+        raise CaptureError(_refusal(root, reason, source_line(second.reads.codes, changed[0], root)))
 
 
 def _refusal(root: nn.Module, reason: str, where: str) -> str:
