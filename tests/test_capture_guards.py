@@ -494,7 +494,7 @@ def test_positional_keyword_and_order() -> None:
         (x, t), _ = inputs(step)
         return [((x, t, 2.0), {"b": 3.0}), ((x, t), {"a": 2.0, "b": 3.0}), ((), {"b": 3.0, "t": t, "a": 2.0, "x": x})][
             step % 3
-        ]  # noqa: E501
+        ]
 
     captured = check_exact(AnyArgument, given)
     assert len(captured.variants) <= 3
@@ -541,7 +541,7 @@ def add_adapter(model: Any, name: str) -> None:
     model.add_adapter(config, adapter_name=name)
 
 
-@pytest.mark.parametrize("family", ["flux", "sdxl_unet"])
+@pytest.mark.parametrize("family", ["flux", pytest.param("sdxl_unet", marks=pytest.mark.slow)])
 def test_adapters_switched_after_capture(family: str) -> None:
     compare_after(
         [
@@ -569,7 +569,7 @@ class HalfProcessor:
         return tuple(o * 0.5 for o in out) if isinstance(out, tuple) else out * 0.5
 
 
-@pytest.mark.parametrize("family", ["flux", "sdxl_unet"])
+@pytest.mark.parametrize("family", ["flux", pytest.param("sdxl_unet", marks=pytest.mark.slow)])
 def test_a_model_of_a_library_changed_after_capture(family: str) -> None:
     def offload(model: Any) -> None:
         pytest.importorskip("accelerate").cpu_offload(model, torch.device("cpu"))

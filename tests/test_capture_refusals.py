@@ -214,7 +214,7 @@ def state_of(model: Toy) -> Any:
     values = {name: value for name, value in vars(model).items() if not name.startswith("_")}
     shown = repr(
         {name: list(value) if isinstance(value, collections.deque) else value for name, value in values.items()}
-    )  # noqa: E501
+    )
     return shown, random.getstate(), torch.get_rng_state().tolist(), SHARED["n"], ClassDefault.calls
 
 

@@ -44,7 +44,7 @@ def is_numpy(value: Any, name: str) -> bool:
     """Whether ``value`` is of this NumPy class (without importing NumPy for a program that does not)."""
     if not type(value).__module__.startswith("numpy"):
         return False
-    return isinstance(value, functools.reduce(getattr, name.split("."), sys.modules["numpy"]))
+    return isinstance(value, cast(type, functools.reduce(getattr, name.split("."), sys.modules["numpy"])))
 
 
 def position(value: Any) -> Any:
