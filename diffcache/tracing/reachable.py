@@ -31,7 +31,7 @@ def _leaf_type(kind: type) -> bool:
 
 
 def is_leaf(value: Any) -> bool:
-    return _leaf_type(type(value)) or isinstance(value, torch.Tensor)
+    return _leaf_type(cast(Any, type(value))) or isinstance(value, torch.Tensor)
 
 
 @functools.lru_cache(maxsize=4096)

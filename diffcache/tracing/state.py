@@ -14,7 +14,7 @@ import sys
 import types
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -37,7 +37,7 @@ def digest(root: nn.Module, codes: Codes) -> Digest:
     seen: set[int] = set()
 
     def note(path: str, value: Any) -> None:
-        if reachable.is_simple(type(value)):
+        if reachable.is_simple(cast(Any, type(value))):
             found[path] = (type(value).__name__, value if value == value else "nan")
         elif isinstance(value, torch.Tensor):
             found[path] = ("tensor", id(value))  # writes in place are nodes of the graph; a new tensor is hidden state
