@@ -1,4 +1,4 @@
-"""What a forward does besides returning: writes in place, views, buffers, its inputs, argument objects, random draws."""
+"""What a forward does besides returning: writes in place, views, buffers, inputs, argument objects, random draws."""
 
 from __future__ import annotations
 
