@@ -58,10 +58,7 @@ def test_few_forwards(name: str) -> None:
     model.forward = lambda *args, **kwargs: (calls.append(1), inner(*args, **kwargs))[1]  # type: ignore[method-assign]
     with torch.no_grad():
         args, kwargs = entry.make_inputs(0)
-        try:
-            diffcache.capture(model, *args, **kwargs)
-        except diffcache.CaptureError as error:  # counting is state; what matters is that nothing else was wrong
-            assert "calls" in str(error)  # noqa: PT017
+        diffcache.capture(model, *args, **kwargs)
     assert len(calls) <= 4
 
 

@@ -1,4 +1,4 @@
-"""What a forward does besides returning: writes in place, views, buffers, inputs, argument objects, random draws."""
+"""What a forward does besides returning: writes in place, buffers, its inputs, argument objects, random draws."""
 
 from __future__ import annotations
 
@@ -143,6 +143,7 @@ def test_capture_leaves_what_lasts_untouched(kind: type[Toy]) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
         diffcache.capture(model, *inputs(0)[0])
+    assert list(model.state_dict()) == list(before)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     if isinstance(model, KeptTensors):
         assert model.kept["calls"] == 0

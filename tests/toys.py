@@ -94,6 +94,7 @@ def check_exact(
                 got = run(captured, ours, step)
             assert not differs(got, expected), f"step {step}"
             assert not differs(ours, theirs), f"step {step}: the inputs after the call"
+    assert list(model.state_dict()) == list(eager.state_dict())
     for (name, a), b in zip(model.state_dict().items(), eager.state_dict().values(), strict=True):
         assert same_bits(a, b), name
     return captured

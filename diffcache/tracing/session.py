@@ -226,7 +226,7 @@ def _output(recorder: Recorder, out: Any) -> Any:
         items = {key: _output(recorder, item) for key, item in out.items()} if isinstance(out, Mapping) else {}
         if not isinstance(out, Mapping) and not hasattr(out, "__dict__"):
             raise CaptureError(f"the forward returns a {type(out).__name__}, whose parts cannot be reached")
-        parts: Any = (type(out), attributes, items)
+        parts: Any = (recorder.object_node(type(out)), attributes, items)
         node = recorder.graph.call_function(tree.rebuild_object, parts)
     node.meta.update(tainted=True, call=-1, path="", deps=(), assembles=True)
     return node

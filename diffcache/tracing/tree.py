@@ -68,7 +68,9 @@ def assign(value: Any, path: Path, item: Any) -> None:
     """Set the leaf at ``path`` (the last step's container must be mutable)."""
     owner = follow(value, path[:-1])
     kind, key = path[-1]
-    if kind == "item":
+    if kind == "item" and isinstance(owner, list) and key == len(owner):
+        owner.append(item)
+    elif kind == "item":
         owner[key] = item
     else:
         setattr(owner, key, item)

@@ -357,6 +357,8 @@ def _attach(holder: nn.Module, target: str, value: Any) -> None:
         if part not in holder._modules:
             holder.add_module(part, nn.Module())
         holder = holder.get_submodule(part)
+    if getattr(holder, name, None) is value:  # inside a module of the model's own, which is left as it is
+        return
     if isinstance(value, nn.Module):
         holder.add_module(name, value)
     elif isinstance(value, nn.Parameter):
