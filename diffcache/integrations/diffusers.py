@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -33,22 +34,37 @@ def call_arguments(pipe: Any, item: Any, seed: int) -> dict[str, Any]:
     Raises:
         ValueError: the item is neither a string nor a dict of arguments the pipeline takes.
     """
-    accepted = inspect.signature(type(pipe).__call__).parameters
+    accepted, forwards = accepted_arguments(type(pipe))
     if isinstance(item, str):
         item = {"prompt": item}
     if not isinstance(item, Mapping):
         raise ValueError(f"a calibration prompt is a string or a dict of pipeline arguments, got {type(item).__name__}")
-    unknown = sorted(set(item) - set(accepted))
-    if unknown and not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
-        raise ValueError(
-            f"{type(pipe).__name__} takes no arguments {unknown}; it takes {sorted(set(accepted) - {'self'})}"
-        )
+    unknown = sorted(set(item) - accepted)
+    if unknown and not forwards:
+        raise ValueError(f"{type(pipe).__name__} takes no arguments {unknown}; it takes {sorted(accepted)}")
     arguments = dict(item)
     if "generator" in accepted and arguments.get("generator") is None:
         arguments["generator"] = torch.Generator("cpu").manual_seed(seed)
     if "output_type" in accepted:
         arguments["output_type"] = "latent"
     return arguments
+
+
+def accepted_arguments(pipeline_class: type) -> tuple[set[str], bool]:
+    """Names that calling such a pipeline takes, and whether it takes any others.
+
+    A class that hands ``**kwargs`` on takes what its base classes take.
+    """
+    names: set[str] = set()
+    for cls in pipeline_class.__mro__:
+        call = vars(cls).get("__call__")
+        if call is None:
+            continue
+        parameters = inspect.signature(call).parameters.values()
+        names |= {p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.kind is not p.VAR_POSITIONAL}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return names - {"self"}, False
+    return names - {"self"}, True
 
 
 def generate(pipe: Any, item: Any, seed: int) -> torch.Tensor:
@@ -60,7 +76,13 @@ def generate(pipe: Any, item: Any, seed: int) -> torch.Tensor:
     elif isinstance(given, list | tuple):
         arguments["generator"] = [_afresh(generator) for generator in given]
     with seeded(seed):
-        return flat(pipe(**arguments))
+        result = flat(pipe(**arguments))
+    if result.numel() == 0:
+        raise ValueError(
+            f"{type(pipe).__name__} returned nothing that errors can be measured on: neither tensors nor arrays nor "
+            "pictures; give it an output_type, or compile the denoiser itself with sample="
+        )
+    return result
 
 
 def _afresh(generator: torch.Generator) -> torch.Generator:
@@ -76,14 +98,21 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def flat(result: Any) -> torch.Tensor:
-    """All tensors and arrays of a result, in one float vector."""
+    """All tensors, arrays and pictures of a result, in one float vector."""
     parts = []
-    for _, leaf in tree.walk(result):
-        if hasattr(leaf, "__array__") and not isinstance(leaf, torch.Tensor):
-            leaf = torch.as_tensor(leaf.__array__())
+    for _, leaf in tree.walk(result, is_leaf=_is_array):
+        if _is_array(leaf):
+            leaf = torch.as_tensor(np.array(leaf))
         if isinstance(leaf, torch.Tensor) and leaf.dtype != torch.bool:
             parts.append(leaf.detach().to("cpu", torch.float32).flatten())
     return torch.cat(parts) if parts else torch.zeros(0)
+
+
+def _is_array(value: Any) -> bool:
+    """NumPy's arrays and what turns into them: PIL's pictures are objects with attributes otherwise."""
+    return not isinstance(value, torch.Tensor) and (
+        hasattr(value, "__array__") or hasattr(value, "__array_interface__")
+    )
 
 
 def quiet(pipe: Any) -> Any:

@@ -48,14 +48,16 @@ def children(value: Any) -> Iterator[tuple[Step, Any]]:
             yield ("attr", name), getattr(value, name)
 
 
-def walk(value: Any, path: Path = (), _open: frozenset[int] = frozenset()) -> Iterator[tuple[Path, Any]]:
+def walk(
+    value: Any, path: Path = (), _open: frozenset[int] = frozenset(), *, is_leaf: Callable[[Any], bool] | None = None
+) -> Iterator[tuple[Path, Any]]:
     """All leaves below ``value``; a container that contains itself is visited once."""
-    if not is_container(value):
+    if not is_container(value) or (is_leaf is not None and is_leaf(value)):
         yield path, value
     elif id(value) not in _open:
         inside = _open | {id(value)}
         for step, item in children(value):
-            yield from walk(item, (*path, step), inside)
+            yield from walk(item, (*path, step), inside, is_leaf=is_leaf)
 
 
 def follow(value: Any, path: Path) -> Any:
