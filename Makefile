@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.set-up
 .PHONY: help demo test lint types setup wheel clean
 
 help:
-	@echo "make demo           compile the digits denoiser and compare it with the uncached one (QUICK=1: a shorter run)"
+	@echo "make demo           compile the emoji denoiser and compare it with the uncached one (QUICK=1: a shorter run)"
 	@echo "make test           run the tests (ARGS='-k layout -x' is passed on to pytest)"
 	@echo "make lint           ruff: rules and formatting"
 	@echo "make types          mypy over the package"

@@ -1,8 +1,8 @@
-"""Bars of the demo model: quality at 8 of 28 computed steps, and how much of the FLOPs speed-up the clock shows.
+"""Bars of the digits model: quality at 8 of 28 computed steps, and how much of the FLOPs speed-up the clock shows.
 
     .venv/bin/python -m benchmarks.digits_quality [--computed 8] [--json out/digits_quality.json]
 
-Schedules are calibrated on the demo's calibration prompts and judged on other prompts and other seeds. PSNR is over
+Schedules are calibrated on the calibration prompts and judged on other prompts and other seeds. PSNR is over
 pictures in 0..1 against the uncached pipeline; times are medians of interleaved pairs in one run.
 """
 
@@ -20,13 +20,19 @@ import torch
 
 import diffcache
 from benchmarks.models.digits.pipeline import DigitsPipeline
-from demo.__main__ import CALIBRATION, MODEL, STEPS
+from benchmarks.models.digits.train import FOLDER
 from diffcache import recipes
 from diffcache.profiling import calibrate
 from diffcache.report import psnr, relative_error
 from diffcache.searching import cost_fraction
 from diffcache.targets import find_targets
 
+STEPS = 28
+CALIBRATION = [
+    ["a handwritten three", "a bold seven"],
+    ["a thin zero", "a slanted eight"],
+    ["a two", "a bold slanted five"],
+]
 PROMPTS = ["zero", "a bold one", "two", "a thin three", "a slanted four", "five", "a bold six", "the digit seven",
            "a thin eight", "a slanted nine", "a handwritten zero", "a thin slanted two"]  # fmt: skip
 SEEDS = (77, 78, 79, 80)
@@ -71,7 +77,7 @@ def main() -> None:
     parser.add_argument("--computed", type=int, default=8)
     parser.add_argument("--json", type=Path, default=Path("out/digits_quality.json"))
     options = parser.parse_args()
-    pipe = DigitsPipeline.from_pretrained(MODEL)
+    pipe = DigitsPipeline.from_pretrained(FOLDER)
     pipe.set_progress_bar_config(disable=True)
     items = [{"prompt": prompts, "num_inference_steps": STEPS} for prompts in CALIBRATION]
     references = [generate(pipe, seed) for seed in SEEDS]

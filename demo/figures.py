@@ -22,15 +22,14 @@ LABELS = {"C": "computed", "r": "reused", "f": "forecast", ".": "skipped"}
 def picture_grid(
     uncached: NDArray[np.float64], cached: NDArray[np.float64], prompts: list[str], title: str, file: Path
 ) -> None:
-    """Rows uncached / cached / difference x 8, one column for each picture; images are [N, H, W] in 0..1."""
+    """Rows uncached / cached / difference x 8, one column for each picture; images are [N, H, W, 3] in 0..1."""
     count = len(prompts)
     figure, axes = plt.subplots(3, count, figsize=(1.15 * count + 0.9, 4.3), layout="constrained")
-    rows = (uncached, cached, 8 * np.abs(cached - uncached))
+    rows = (uncached, cached, 8 * np.abs(cached - uncached).mean(axis=-1))
     for row, (images, label) in enumerate(zip(rows, ("uncached", "diffcache", "difference x 8"), strict=True)):
         for column in range(count):
             axis = axes[row, column]
-            colours = "magma" if row == 2 else "gray"
-            axis.imshow(images[column].squeeze(), cmap=colours, vmin=0, vmax=1, interpolation="nearest")
+            axis.imshow(images[column], cmap="magma", vmin=0, vmax=1, interpolation="bicubic" if row < 2 else "nearest")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
             if row == 0:

@@ -7,10 +7,8 @@ digits, each in six styles made by image operations.
 """
 
 import argparse
-import copy
-import math
 import random
-import time
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from benchmarks.models.digits.pipeline import NUMBERS, SIDE, DigitsPipeline, WordEncoder, position_ids
+from benchmarks.models.training import Trainer, optimizers
 
 FOLDER = Path(__file__).parent / "pipeline"
 WEIGHTS = ("", "bold", "thin")
@@ -85,48 +84,17 @@ def build() -> tuple[FluxTransformer2DModel, WordEncoder]:
     return transformer, text_encoder
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum whose steps are made orthogonal, in float32: torch's own uses bfloat16, which many CPUs only emulate."""
+class Draw:
+    """Random pictures with one of the ways to ask for each."""
 
-    def __init__(self, matrices: list[nn.Parameter], lr: float, momentum: float = 0.95):
-        super().__init__(matrices, {"lr": lr, "momentum": momentum})
+    def __init__(self, word_ids: Callable[[list[str]], Tensor], batch: int, seed: int):
+        self.pictures, self.labels = load_data()
+        self.word_ids, self.batch = word_ids, batch
+        self.rng = random.Random(seed)
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            for matrix in group["params"]:
-                mean = self.state[matrix].setdefault("mean", torch.zeros_like(matrix))
-                mean.lerp_(matrix.grad, 1 - group["momentum"])
-                direction = orthogonal(torch.lerp(matrix.grad, mean, group["momentum"]))
-                rows, columns = matrix.shape
-                matrix.sub_(direction, alpha=group["lr"] * max(1.0, rows / columns) ** 0.5)
-
-
-def orthogonal(matrix: Tensor) -> Tensor:
-    """The nearest matrix, nearly, with all singular values equal to one: five Newton-Schulz steps."""
-    wide = matrix.shape[0] <= matrix.shape[1]
-    x = matrix if wide else matrix.T
-    x = x / (x.norm() + 1e-7)
-    for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x if wide else x.T
-
-
-def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, where it halves the steps needed; AdamW for all else."""
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "blocks" in name]
-    chosen = set(map(id, matrices))
-    others = [p for p in model.parameters() if id(p) not in chosen]
-    return [
-        Muon(matrices, lr=0.01),
-        torch.optim.AdamW(others, lr=2e-3, weight_decay=0.0, betas=(0.9, 0.98)),
-    ]
-
-
-def rate(progress: float) -> float:
-    """Share of the full learning rate: short warm-up, then cosine to zero."""
-    return min(1.0, progress / 0.02) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        chosen = self.rng.sample(range(len(self.labels)), self.batch)
+        return self.pictures[chosen], self.word_ids([phrase(*self.labels[index], self.rng) for index in chosen])
 
 
 def flow_loss(model: nn.ModuleDict, clean: Tensor, word_ids: Tensor) -> Tensor:
@@ -146,67 +114,6 @@ def flow_loss(model: nn.ModuleDict, clean: Tensor, word_ids: Tensor) -> Tensor:
         return_dict=False,
     )[0]
     return (velocity - (noise - clean)).square().mean()
-
-
-class Trainer:
-    """Weights, their moving average and the optimizers: what a checkpoint holds."""
-
-    def __init__(self, seed: int):
-        torch.manual_seed(seed)
-        transformer, text_encoder = build()
-        self.model = nn.ModuleDict({"transformer": transformer, "text_encoder": text_encoder})
-        self.average = copy.deepcopy(self.model).requires_grad_(False)
-        self.optimizers = optimizers(self.model)
-        self.base_rates = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
-        self.step, self.seconds = 0, 0.0
-
-    def update(self, loss: Tensor, progress: float) -> None:
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer, base in zip(self.optimizers, self.base_rates, strict=True):
-            optimizer.param_groups[0]["lr"] = base * rate(progress)
-            optimizer.step()
-            optimizer.zero_grad()
-        self.step += 1
-        decay = min(1 - 1 / EMA_HORIZON, self.step / (self.step + 10))
-        for mean, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
-            mean.lerp_(value.detach(), 1 - decay)
-
-    def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        state = {name: getattr(self, name).state_dict() for name in ("model", "average")}
-        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
-        torch.save(state | {"step": self.step, "seconds": self.seconds}, path)
-
-    def load(self, path: Path) -> None:
-        state = torch.load(path, weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.step, self.seconds = state["step"], state["seconds"]
-
-
-def train(trainer: Trainer, budget: float, batch: int, checkpoint: Path) -> None:
-    """Train until `budget` seconds, counted over all runs from this checkpoint, are spent."""
-    pictures, labels = load_data()
-    rng = random.Random(trainer.step)
-    torch.manual_seed(trainer.step)
-    tokenize = trainer.model["text_encoder"].tokenize
-    losses: list[float] = []
-    last = time.monotonic()
-    while trainer.seconds < budget:
-        chosen = rng.sample(range(len(labels)), batch)
-        word_ids = tokenize([phrase(*labels[index], rng) for index in chosen])
-        loss = flow_loss(trainer.model, pictures[chosen], word_ids)
-        trainer.update(loss, trainer.seconds / budget)
-        losses.append(loss.item())
-        now = time.monotonic()
-        trainer.seconds, last = trainer.seconds + now - last, now
-        if trainer.step % 100 == 0:
-            print(f"step {trainer.step}  {trainer.seconds:.0f} s  loss {np.mean(losses):.4f}", flush=True)
-            losses.clear()
-            trainer.save(checkpoint)
 
 
 def export(trainer: Trainer, folder: Path) -> None:
@@ -230,12 +137,16 @@ def main() -> None:
     arguments = parser.parse_args()
 
     torch.set_num_threads(arguments.threads)
-    trainer = Trainer(arguments.seed)
+    torch.manual_seed(arguments.seed)
+    transformer, text_encoder = build()
+    model = nn.ModuleDict({"transformer": transformer, "text_encoder": text_encoder})
+    trainer = Trainer(model, optimizers(model, lambda name: "blocks" in name, 0.01, 2e-3), EMA_HORIZON)
     if arguments.checkpoint.exists():
         trainer.load(arguments.checkpoint)
         print(f"going on from step {trainer.step}")
-    train(trainer, arguments.minutes * 60, arguments.batch, arguments.checkpoint)
-    trainer.save(arguments.checkpoint)
+    torch.manual_seed(trainer.step)
+    draw = Draw(text_encoder.tokenize, arguments.batch, trainer.step)
+    trainer.run(lambda: flow_loss(model, *draw()), arguments.minutes * 60, arguments.checkpoint)
     export(trainer, arguments.folder)
     print(f"wrote {arguments.folder} after {trainer.step} steps")
 
