@@ -27,6 +27,7 @@ SHARE = {"autoencoder": 0.25, "mmdit": 0.45, "unet": 0.3}  # of the minutes
 
 def prepare() -> None:
     """Pictures as uint8 and MiniLM's embeddings of all captions: the GPU machine needs neither npm nor MiniLM."""
+    torch.set_num_threads(1)  # short sentences one by one: more threads only wait for each other
     PREPARED.mkdir(parents=True, exist_ok=True)
     data.load()
     shutil.copy(data.CACHE / "emoji.npz", PREPARED)
