@@ -65,7 +65,7 @@ def extrapolation(name: str, value: str, history: str = "", targets: Any = tuple
     pointers |= {f"p_s{age}": "*fp32" for age in range(MAX_HISTORY)}
     constants = {
         "K": 2, "HAS_ANCHOR": True, "HAS_GATE": False, "SCALED": bool(history), "TABLE": False, "MODULATE": False,
-        "WIDE": tl.float64 if value == "fp64" else tl.float32, "ROWS": 1, "COLUMNS": BLOCK,
+        "KEEP": True, "WIDE": tl.float64 if value == "fp64" else tl.float32, "ROWS": 1, "COLUMNS": BLOCK,
     } | switches  # fmt: skip
     if constants["MODULATE"]:
         constants["COLUMNS"] = triton.next_power_of_2(COLUMNS)
@@ -81,6 +81,7 @@ def cases() -> Iterator[Case]:
         yield extrapolation(f"extrapolate {value}", value)
     yield extrapolation("extrapolate bf16, tables and gate", "bf16", TABLE=True, HAS_GATE=True)
     yield extrapolation("extrapolate bf16, gate and modulated norm", "bf16", HAS_GATE=True, MODULATE=True)
+    yield extrapolation("extrapolate bf16, modulated norm only", "bf16", MODULATE=True, KEEP=False)
     yield extrapolation("extrapolate bf16 of int8", "bf16", "i8")
     yield extrapolation("extrapolate bf16 of float8", "bf16", "fp8e4nv", FLOAT8)
     for small, targets in (("i8", tuple(TARGETS)), ("fp8e4nv", FLOAT8)):

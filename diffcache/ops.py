@@ -13,6 +13,7 @@ reference with its neighbours, on a GPU it places the kernel itself. Weights arr
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -104,10 +105,14 @@ def extrapolate_modulate_reference(
     eps: float,
     gate: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The value that ``extrapolate`` gives, and ``layer_norm(value) * factor + shift`` over the last dimension."""
+    """The value that ``extrapolate`` gives, and ``layer_norm(value) * factor + shift`` over the last dimension.
+
+    Without ``keep`` the value itself is not wanted: an empty tensor stands in its place.
+    """
     value = extrapolate_reference(anchor, history, weights, gate, dtype)
-    return value, F.layer_norm(value, value.shape[-1:], eps=eps) * factor + shift
+    return value if keep else value.new_empty(0), F.layer_norm(value, value.shape[-1:], eps=eps) * factor + shift
 
 
 def quantize_reference(value: Tensor, anchor: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -209,15 +214,16 @@ def _extrapolate_modulate(
     eps: float,
     gate: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The value that ``extrapolate`` gives, and ``layer_norm(value) * factor + shift``."""
     _check(anchor, history, weights, gate, dtype)
     if _on_gpu(history[0], history[0].dtype) and factor.dtype == shift.dtype == (dtype or history[0].dtype):
-        modulation = (factor, shift, eps)
+        modulation = (factor, shift, eps, keep)
         done = extrapolate_kernels.extrapolate(anchor, *split_scales(history), weights, gate, dtype, modulation)
         if done is not None:
             return done
-    return extrapolate_modulate_reference(anchor, history, weights, factor, shift, eps, gate, dtype)
+    return extrapolate_modulate_reference(anchor, history, weights, factor, shift, eps, gate, dtype, keep)
 
 
 @torch.library.triton_op("diffcache::quantize", mutates_args=())
@@ -247,6 +253,7 @@ def _relative_change(new: Tensor, old: Tensor, norm: int = 1) -> Tensor:
 
 def _differentiate(op: Any, reference: Callable[..., Any]) -> None:
     """Let gradients of ``op`` go through its reference, computed again."""
+    defaults = [parameter.default for parameter in inspect.signature(reference).parameters.values()]
 
     def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.inputs = inputs
@@ -263,7 +270,7 @@ def _differentiate(op: Any, reference: Callable[..., Any]) -> None:
         found_all = tree_unflatten([next(found) if want else None for want in wanted], spec)
         # the dispatcher leaves out trailing arguments that equal their defaults, and wants no gradients for them
         given = len(ctx.inputs)
-        while ctx.inputs[given - 1] is None:
+        while ctx.inputs[given - 1] is defaults[given - 1]:
             given -= 1
         return tuple(found_all[:given])
 

@@ -16,6 +16,7 @@ from diffcache.passes.apply_schedule import apply_schedule
 from diffcache.passes.drop_dead_writes import drop_dead_writes
 from diffcache.passes.eliminate_dead_code import eliminate_dead_code
 from diffcache.passes.flatten_inputs import flatten_inputs
+from diffcache.passes.fuse_forecasts import fuse_forecasts
 from diffcache.passes.hoist_step_invariant import hoist_step_invariant
 from diffcache.tracing.printer import format_graph
 
@@ -31,6 +32,7 @@ SPECIALISE: tuple[Pass, ...] = (
     apply_schedule,  # forecasts in the place of values: the one approximating pass
     drop_dead_writes,  # keep only what a later step reads
     eliminate_dead_code,  # here the saving happens
+    fuse_forecasts,  # into the kernels: gated residual adds and modulated norms
 )
 REQUIRED = frozenset(("flatten_inputs", "apply_schedule"))  # they fix the calling convention of a program
 

@@ -62,7 +62,7 @@ def extrapolate_kernel(  # type: ignore[no-untyped-def]
     shift0, shift1, shift2,
     eps,
     K: tl.constexpr, HAS_ANCHOR: tl.constexpr, HAS_GATE: tl.constexpr, SCALED: tl.constexpr, TABLE: tl.constexpr,
-    MODULATE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    MODULATE: tl.constexpr, KEEP: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """``f = total h_0 + sum_{k>=1} w_k (h_k - h_0)``, then ``out = anchor + gate f``, then its modulated norm."""
     VALUE: tl.constexpr = p_out.dtype.element_ty
@@ -100,7 +100,8 @@ def extrapolate_kernel(  # type: ignore[no-untyped-def]
         o_a = _places(b_row, b_column, middle, anchor0, anchor1, anchor2)
         b_out += tl.load(p_anchor + o_a, mask=m, other=0.0).to(WIDE)
     o_out = _places(b_row, b_column, middle, out0, out1, out2)
-    tl.store(p_out + o_out, b_out.to(VALUE), mask=m)
+    if KEEP:
+        tl.store(p_out + o_out, b_out.to(VALUE), mask=m)
 
     if MODULATE:
         b_out = tl.where(m, b_out.to(VALUE).to(WIDE), 0.0)
@@ -122,25 +123,27 @@ def extrapolate(
     weights: Tensor,
     gate: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    modulation: tuple[Tensor, Tensor, float] | None = None,
+    modulation: tuple[Tensor, Tensor, float, bool] | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """Launch the kernel: the value, and its modulated norm (the value again without ``modulation``).
 
-    Arguments are those of the operations, checked. None where the kernel cannot do it: more than ``MAX_HISTORY``
-    tensors, operands whose layouts do not agree in three dimensions, or a row too long to be normalised.
+    Arguments are those of the operations, checked; ``modulation`` is factor, shift, eps and whether the value is
+    wanted. None where the kernel cannot do it: more than ``MAX_HISTORY`` tensors, operands whose layouts do not agree
+    in three dimensions, or a row too long to be normalised.
     """
     values = laid_out_alike(history)
     newest = values[0]
+    factor, shift, eps, keep = modulation or (newest, newest, 0.0, True)
     out = torch.empty_like(newest, dtype=dtype or newest.dtype)
-    modulated = torch.empty_like(out) if modulation is not None else out
+    modulated = torch.empty_like(out) if modulation is not None and keep else out
+    value = out if keep else out.new_empty(0)
     if not out.numel():
-        return out, modulated
+        return value, modulated
     if len(values) > MAX_HISTORY or (modulation is not None and out.shape[-1] > LONGEST_ROW):
         return None
     weights = weights.to(out.device)
     table = weights.ndim > 1
     scaled = laid_out_alike(scales) if scales else [newest]
-    factor, shift, eps = modulation or (newest, newest, 0.0)
     # an operand that is absent stands in as the newest value: never read, and no obstacle to merging dimensions
     operands = [out, newest if anchor is None else anchor, newest, scaled[0], weights[0] if table else newest,
                 newest if gate is None else gate, factor, shift]  # fmt: skip
@@ -162,8 +165,8 @@ def extrapolate(
             outer * middle, middle, columns,
             *s_out, *s_anchor, *s_history, *s_scale, weights.stride(0), *s_weight, *s_gate, *s_factor, *s_shift, eps,
             K=len(values), HAS_ANCHOR=anchor is not None, HAS_GATE=gate is not None, SCALED=bool(scales),
-            TABLE=table, MODULATE=modulation is not None,
+            TABLE=table, MODULATE=modulation is not None, KEEP=keep,
             WIDE=tl.float64 if out.dtype == torch.float64 else tl.float32,
             ROWS=block_rows, COLUMNS=block_columns,
         )  # fmt: skip
-    return out, modulated
+    return value, modulated

@@ -43,7 +43,7 @@ def difference_form(count: int) -> torch.Tensor:
 
 def compare(anchor: torch.Tensor | None, history: list[torch.Tensor], weights=None, gate=None, modulation=None) -> None:
     weights = difference_form(len(history)) if weights is None else weights
-    done = extrapolate(anchor, history, (), weights, gate, None, modulation)
+    done = extrapolate(anchor, history, (), weights, gate, None, modulation and (*modulation, True))
     assert done is not None
     expected = ops.extrapolate_reference(anchor, history, weights, gate)
     tolerance = TOLERANCE[expected.dtype]
@@ -54,6 +54,9 @@ def compare(anchor: torch.Tensor | None, history: list[torch.Tensor], weights=No
     if modulation is not None:
         _, modulated = ops.extrapolate_modulate_reference(anchor, history, weights, *modulation, gate)
         torch.testing.assert_close(done[1], modulated, rtol=2 * tolerance, atol=4 * tolerance * largest)
+        nothing, alone = extrapolate(anchor, history, (), weights, gate, None, (*modulation, False))
+        assert torch.equal(alone, done[1])
+        assert nothing.numel() == 0
 
 
 @dtypes

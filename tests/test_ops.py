@@ -44,6 +44,7 @@ def variants() -> dict[str, tuple]:
         "table": (extrapolate, (None, [a, b], torch.rand(2, 5, 1))),
         "small": (extrapolate, (anchor, [small, older, scale, older_scale], form, None, torch.float32)),
         "modulated": (ops.extrapolate_modulate, (anchor, [a, b], form, row, row, 1e-6)),
+        "modulated only": (ops.extrapolate_modulate, (anchor, [a, b], form, row, row, 1e-6, None, None, False)),
         "quantize": (ops.quantize, (a, anchor, torch.int8)),
         "change": (ops.relative_change, (a, b)),
         "change, L2": (ops.relative_change, (a, b, 2)),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_flatten
 
 import diffcache
 from diffcache import pipeline, recipes
@@ -18,6 +19,7 @@ from diffcache.passes.apply_schedule import apply_schedule
 from diffcache.passes.drop_dead_writes import drop_dead_writes
 from diffcache.passes.eliminate_dead_code import eliminate_dead_code
 from diffcache.passes.flatten_inputs import flatten_inputs
+from diffcache.passes.fuse_forecasts import fuse_forecasts
 from diffcache.passes.hoist_step_invariant import hoist_step_invariant
 from diffcache.pipeline import PREPARE, SPECIALISE, PassReport, bisect_passes, known_passes, run_passes
 from diffcache.schedule import COMPUTE, SKIP, Forecast
@@ -355,6 +357,78 @@ def test_a_pass_that_breaks_the_graph_is_caught() -> None:
         with pytest.raises((RuntimeError, AssertionError), match=message) as caught:
             run_passes(flat(), (bad,), {}, title="tiny")  # type: ignore[arg-type]
         assert f"in pass '{bad.__name__}' of tiny" in caught.value.__notes__[0]
+
+
+class Gated(nn.Module):
+    """What stands around a branch of a diffusion transformer; ``tap`` reads the value before the branch joins it."""
+
+    def __init__(self, affine: bool = False, tap: str = "") -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.branch, self.ada, self.head = nn.Linear(4, 4), nn.Linear(1, 12), nn.Linear(4, 4)
+        self.norm, self.tap = nn.LayerNorm(4, eps=1e-6, elementwise_affine=affine), tap
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+        gate, scale, shift = self.ada(t).chunk(3, dim=-1)
+        out = self.branch(x)
+        h = x + gate * out
+        y = self.head(self.norm(h) * (1 + scale) + shift)
+        return y + {"": 0, "h": h, "out": out}[self.tap]
+
+
+BRANCH = Site("branch", "block", ("branch",), (None,), "branch", 1.0, 1)
+
+
+def fused(model: nn.Module) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The program that forecasts the branch, before and after the pass."""
+    plain = eliminate_dead_code(
+        apply_schedule(flatten_inputs(captured(model)), sites=[BRANCH], cells=[Forecast((1, 0), (1.5, -0.5))])
+    )
+    plain.recompile()
+    after = fuse_forecasts(pipeline.copy_graph_module(plain))
+    pipeline.verify(after)
+    after.recompile()
+    return plain, after
+
+
+def operations(module: fx.GraphModule) -> list[str]:
+    names = ("extrapolate", "extrapolate_modulate", "norm")
+    found = [str(node.target).removeprefix("diffcache.").removesuffix(".default") for node in module.graph.nodes]
+    return [name for name in found if name in names]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ["extrapolate_modulate"]),
+        ({"tap": "h"}, ["extrapolate_modulate"]),
+        ({"tap": "out"}, ["extrapolate", "norm"]),  # the branch alone is wanted as well
+        ({"affine": True}, ["extrapolate", "norm"]),
+    ],
+    ids=str,
+)
+def test_fusion_changes_no_bit(options: dict[str, Any], expected: list[str]) -> None:
+    plain, after = fused(Gated(**options))
+    assert operations(after) == expected
+    arguments = (*inputs()[:2], inputs()[2], torch.randn(2, 4), torch.randn(2, 4), torch.tensor([1.0, -0.5]))
+    with torch.no_grad():
+        (before,), (result,) = (tree_flatten(m(*arguments)[0])[0] for m in (plain, after))
+    assert torch.equal(result, before)
+    assert count_ops(after.graph) < count_ops(plain.graph) or options.get("tap") == "out"
+
+
+def test_fusion_leaves_other_dtypes_alone() -> None:
+    class Mixed(Gated):
+        def forward(self, x: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+            gate = self.ada(t)[..., :4].double()  # the sum is in float64
+            return self.head((x + gate * self.branch(x)).float())
+
+    assert operations(fused(Mixed())[1]) == ["extrapolate"]
+
+
+def test_fused_forecasts_as_text(golden: Golden) -> None:
+    golden(format_graph(fused(Gated(tap="h"))[1], title="gated"))
 
 
 def test_dump_writes_every_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, golden: Golden) -> None:
