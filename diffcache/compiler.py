@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -15,8 +16,8 @@ from diffcache import searching
 from diffcache.budget import Budget, Exact, Quality, Speedup
 from diffcache.call_pattern import CallPattern
 from diffcache.fingerprint import graph_fingerprint
-from diffcache.lower import check_backend
-from diffcache.pipeline import disabled_passes
+from diffcache.memory import in_words
+from diffcache.options import RunOptions
 from diffcache.profile_record import Profile
 from diffcache.profiling import Calibration, SiteFinder, calibrate
 from diffcache.progress import Report, display
@@ -71,10 +72,13 @@ def compile(
     budget: Budget = Speedup(2.0),  # noqa: B008  (frozen)
     sample: Sample | None = None,
     recipe: Recipe | None = None,
-    backend: str = "eager",
+    backend: str | None = None,
     leaf_modules: Sequence[Any] = (),
     on_uncapturable: str = "raise",
     disable_passes: Sequence[str] = (),
+    max_cache_bytes: int | None = None,
+    history_dtype: str | None = None,
+    offload_history: bool = False,
     sites: Sequence[str] | None = None,
     proposals: int = 6,
     judge_prompts: int = 2,
@@ -90,10 +94,15 @@ def compile(
         budget: ``Speedup(factor)``, ``Quality(...)`` or ``Exact()``.
         sample: for a bare denoiser, ``sample(denoiser, item)`` runs one whole generation by calling ``denoiser(...)``.
         recipe: a published rule instead of the search, e.g. ``diffcache.recipes.uniform(interval=2)``.
-        backend: "eager" or "inductor".
+        backend: "eager" or "inductor"; by default "inductor" for a denoiser that was compiled, whole or in part.
         leaf_modules: module classes or paths to keep as single nodes.
         on_uncapturable: "raise", or "eager" to return a model that runs uncached what cannot be captured exactly.
         disable_passes: exact passes to leave out, by name.
+        max_cache_bytes: the most history may take on the device, all branches of one generation together; schedules
+            that need more are not considered, and a later call that needs more (a larger picture) is computed in full.
+        history_dtype: None keeps history as it is; "int8" or "float8" keeps it in a half or a quarter of the bytes, one
+            scale a row, at a loss of about 1 % or 3 % of each value.
+        offload_history: keep history that waits in host memory (pinned, copied on the device's own queue).
         sites: search only these, given by name or role ("stack", "output", "deepest"); default: all measured ones.
         proposals, judge_prompts: how many of the search's best schedules are tried, on how many of the prompts.
         sensitivity_prompts: prompts used to measure how an error at each step reaches the result.
@@ -118,8 +127,13 @@ def compile(
     for name, number in (("proposals", proposals), ("judge_prompts", judge_prompts)):
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
-    check_backend(backend)
-    disabled_passes(disable_passes)
+    run_options = {
+        "disable_passes": tuple(disable_passes),
+        "max_cache_bytes": max_cache_bytes,
+        "history_dtype": history_dtype,
+        "offload_history": offload_history,
+    }
+    RunOptions(**({"backend": backend} if backend is not None else {}), **run_options)  # type: ignore[arg-type]
     effort = _Effort(
         budget,
         recipe,
@@ -129,10 +143,11 @@ def compile(
         tuple(leaf_modules),
         None if sites is None else tuple(sites),
     )
-    options = {"backend": backend, "disable_passes": tuple(disable_passes)}
     cached: dict[str, CachedDenoiser] = {}
     with display(_watched(verbose)) as report:
         for target in find_targets(model, calib_prompts, sample, seed):
+            by_itself = "inductor" if target.compiled else "eager"
+            options = {"backend": backend or by_itself, **run_options}
             try:
                 cached[target.name] = _compile_one(target, len(calib_prompts), effort, options, report)
             except CaptureError as error:
@@ -180,7 +195,7 @@ def _compile_one(
         min_steps=1 if effort.exact else 4,
         report=report,
     )
-    candidates = _candidates(calibration, effort)
+    candidates = _candidates(calibration, effort, RunOptions(**options))
     return _judge(calibration, target, candidates, effort, options, report)
 
 
@@ -205,7 +220,7 @@ def site_choices(calibration: Calibration) -> list[SiteChoice]:
     return [SiteChoice(s.name, s.residual, s.flops_saved / total, s.role) for s in calibration.sites.values()]
 
 
-def _candidates(calibration: Calibration, effort: _Effort) -> list[Schedule]:
+def _candidates(calibration: Calibration, effort: _Effort, options: RunOptions) -> list[Schedule]:
     """Schedules to judge. Raises ValueError if a budget that asked for reuse gets none."""
     record, budget = calibration.profile, effort.budget
     if effort.recipe is not None:
@@ -213,8 +228,8 @@ def _candidates(calibration: Calibration, effort: _Effort) -> list[Schedule]:
     elif isinstance(budget, Exact):
         found = [Schedule.exact(record.steps)]
     else:
-        found = search(calibration, budget, proposals=effort.proposals, **_named_sites(calibration, effort.sites))
-        found += _baselines(calibration, budget, found)
+        found = _searched(calibration, effort, options)
+        found += [s for s in _baselines(calibration, budget, found) if _excess(calibration, s, options) <= 0]
     if not found or (not effort.exact and all(s.flops_fraction >= 1.0 for s in found)):
         raise ValueError(
             f"{effort.recipe or budget} leaves nothing to reuse for {calibration.name}: every schedule within it "
@@ -223,6 +238,32 @@ def _candidates(calibration: Calibration, effort: _Effort) -> list[Schedule]:
         )
     graph = graph_fingerprint(calibration.captured.graph_module.graph)
     return [replace(schedule, clock=record.clock, fingerprint=graph) for schedule in found]
+
+
+def _searched(calibration: Calibration, effort: _Effort, options: RunOptions) -> list[Schedule]:
+    """The search's proposals whose history fits, with as many history tensors as fit."""
+    wanted = _named_sites(calibration, effort.sites)
+    if options.max_cache_bytes is None:
+        return search(calibration, effort.budget, proposals=effort.proposals, **wanted)
+    least = math.inf
+    for most in (3, 2, 1):
+        found = search(calibration, effort.budget, proposals=4 * effort.proposals, max_history=most, **wanted)
+        excess = [_excess(calibration, schedule, options) for schedule in found]
+        if min(excess) <= 0:
+            return [s for s, over in zip(found, excess, strict=True) if over <= 0][: effort.proposals]
+        least = min(least, *excess)
+    raise ValueError(
+        f"no schedule within {effort.budget} keeps its history in max_cache_bytes={options.max_cache_bytes}: the "
+        f"smallest needs {in_words(int(options.max_cache_bytes + least))}. Allow that, or pass history_dtype='int8' or "
+        "offload_history=True"
+    )
+
+
+def _excess(calibration: Calibration, schedule: Schedule, options: RunOptions) -> float:
+    """Bytes by which a schedule's history passes the limit."""
+    if options.max_cache_bytes is None:
+        return -math.inf
+    return calibration.memory(schedule, options).device_bytes - options.max_cache_bytes
 
 
 def _named_sites(calibration: Calibration, wanted: tuple[str, ...] | None) -> dict[str, Any]:
@@ -333,6 +374,7 @@ def _report(
         measured_error=error,
         wall_speedup=times[0] / times[1],
         sites=tuple(row.site for row in schedule.rows),
+        memory=str(programs[0].memory(schedule, chosen.pattern.streams)) if schedule.rows else None,
         considered=considered,
     )
 

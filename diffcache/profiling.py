@@ -12,7 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from torch import nn
 from diffcache import gram
 from diffcache.call_pattern import CallPattern, LoggedCall, find_pattern, log_call
 from diffcache.cost import Cost, measure_cost
+from diffcache.memory import MemoryPlan, entry_bytes, plan_memory
+from diffcache.options import RunOptions
 from diffcache.profile_record import Profile, SiteProfile
 from diffcache.programs import Programs
 from diffcache.progress import Report, silent
@@ -57,7 +59,14 @@ class Calibration:
 
     def cached(self, schedule: Schedule, **options: Any) -> CachedDenoiser:
         """The denoiser under a schedule over this calibration's sites."""
-        return CachedDenoiser(self.captured, schedule, self.pattern, self.finder, title=self.name, **options)
+        run = RunOptions(**options)
+        return CachedDenoiser(self.captured, schedule, self.pattern, self.finder, options=run, title=self.name)
+
+    def memory(self, schedule: Schedule, options: RunOptions) -> MemoryPlan:
+        """What history of a schedule costs at the calibrated shapes."""
+        sites = [self.sites[row.site] for row in schedule.rows]
+        sizes = entry_bytes(self.captured.graph_module.graph, sites, options.small)
+        return plan_memory(schedule, sizes, streams=self.pattern.streams, offload=options.offload_history)
 
 
 class SiteFinder:
@@ -138,7 +147,7 @@ class _Observer(nn.Module):
         self.everywhere &= set(names)
         by_site = {name: torch.zeros(SKETCH) for name in names}
         for (row, value), tensor in zip(program.writes, kept_values, strict=True):
-            by_site[names[row]] = by_site[names[row]] + sketch(tensor, salt=value)
+            by_site[names[row]] = by_site[names[row]] + sketch(cast("torch.Tensor", tensor), salt=value)
         self.calls.append(log_call(bound, getattr(self._context, "name", "")))
         empty = torch.zeros(SKETCH)
         self.sketches.append(torch.stack([empty, *(by_site.get(site.name, empty) for site in self.sites)])[1:])

@@ -10,6 +10,8 @@ from torch import fx
 
 from diffcache.graphs import count_ops
 from diffcache.lower import lower
+from diffcache.memory import Kept, MemoryPlan, entry_bytes, plan_memory
+from diffcache.options import RunOptions
 from diffcache.pipeline import PREPARE, SPECIALISE, PassReport, run_passes
 from diffcache.schedule import COMPUTE, Cell, Schedule
 from diffcache.sites import Site
@@ -17,7 +19,7 @@ from diffcache.tracing import tree
 from diffcache.tracing.session import Bound
 from diffcache.tracing.variant import Variant
 
-History = dict[tuple[int, int, int], torch.Tensor]  # (row, value, step) -> what was kept
+History = dict[tuple[int, int, int], Kept]  # (row, value, step) -> what was kept
 
 
 class Program:
@@ -39,8 +41,9 @@ class Program:
         history: History,
         cells: Sequence[Cell],
         weights: dict[int, torch.Tensor],
-    ) -> tuple[Any, tuple[torch.Tensor, ...]]:
+    ) -> tuple[Any, tuple[Kept, ...]]:
         """Returns (what the denoiser returns, the values to keep in the order of ``writes``)."""
+        device = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), None)
         extra: list[Any] = []
         for name in self.order:
             kind, _, rest = name.partition("_")
@@ -50,7 +53,10 @@ class Program:
                 extra.append(weights[int(rest)])
             else:
                 row, value, age = map(int, rest.split("_"))
-                extra.append(history[row, value, cells[row].steps[age]])  # type: ignore[union-attr]
+                kept = history[row, value, cells[row].steps[age]]  # type: ignore[union-attr]
+                kept = kept[kind == "scale"] if isinstance(kept, tuple) else kept
+                # what was offloaded comes back on the device's own queue
+                extra.append(kept if kept.device == device else kept.to(device, non_blocking=True))
         return self.run(*leaves, *extra)
 
 
@@ -63,24 +69,17 @@ class Programs:
         invariant: Collection[tree.Path],
         sites: Sequence[Site],
         *,
-        backend: str = "eager",
-        disable: Collection[str] = (),
+        options: RunOptions = RunOptions(),  # noqa: B008  (frozen)
         title: str = "denoiser",
     ):
-        self.variant, self.sites, self.backend, self.disable, self.title = (
-            variant,
-            tuple(sites),
-            backend,
-            disable,
-            title,
-        )
-        options = {"hoist_step_invariant": {"invariant": frozenset(invariant)}}
+        self.variant, self.sites, self.options, self.title = variant, tuple(sites), options, title
+        hoisting = {"hoist_step_invariant": {"invariant": frozenset(invariant)}}
         self.reports: list[PassReport]
         self.body, self.reports = run_passes(
-            variant.graph_module, PREPARE, options, title=f"{title}-prepare", disable=disable
+            variant.graph_module, PREPARE, hoisting, title=f"{title}-prepare", disable=options.disable_passes
         )
         prologue = self.body.meta.get("prologue")
-        self.prologue: Callable[..., Any] | None = None if prologue is None else lower(prologue, backend)
+        self.prologue: Callable[..., Any] | None = None if prologue is None else lower(prologue, options.backend)
         self.prologue_module: fx.GraphModule | None = prologue
         self.paths: tuple[tree.Path, ...] = self.body.meta["inputs"]
         self._programs: dict[Any, Program] = {}
@@ -118,17 +117,22 @@ class Programs:
     def _specialise(self, cells: Sequence[Cell], live: Sequence[int], title: str) -> Program:
         sites = self.sites if cells else ()
         options: dict[str, dict[str, Any]] = {
-            "apply_schedule": {"sites": sites, "cells": cells},
+            "apply_schedule": {"sites": sites, "cells": cells, "small": self.options.small},
             "drop_dead_writes": {"live": live},
         }
-        module, reports = run_passes(self.body, SPECIALISE, options, title=title, disable=self.disable)
+        module, reports = run_passes(self.body, SPECIALISE, options, title=title, disable=self.options.disable_passes)
         self.reports += reports
-        return Program(module, self.backend)
+        return Program(module, self.options.backend)
 
     def hoisted_state(self) -> tuple[Any, ...]:
         """Identity and version of every parameter that the prologue reads: changed weights mean running it again."""
         tensors = [owner.get(name) for owner, name in self._owners]
         return tuple((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors if t is not None)
+
+    def memory(self, schedule: Schedule, streams: int) -> MemoryPlan:
+        """What history costs at this call's shapes."""
+        sizes = entry_bytes(self.variant.graph_module.graph, self.sites, self.options.small)
+        return plan_memory(schedule, sizes, streams=streams, offload=self.options.offload_history)
 
     def counts(self, schedule: Schedule) -> dict[str, int]:
         """Ops of the capture, hoisted, and left in the cheapest column."""

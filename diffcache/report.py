@@ -29,6 +29,7 @@ class CompileReport:
     measured_error: float | None = None
     wall_speedup: float | None = None
     sites: tuple[str, ...] = ()
+    memory: str | None = None
     considered: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -52,6 +53,8 @@ class CompileReport:
             lines.append(f"  relative L2 error of the result on calibration prompts: {text}")
         if self.sites:
             lines.append(f"  sites: {', '.join(self.sites)}")
+        if self.memory:
+            lines += [f"  {line}" for line in self.memory.splitlines()]
         return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ import inspect
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -15,11 +16,14 @@ from torch import nn
 from diffcache.call_pattern import CallPattern, host_value
 from diffcache.fingerprint import graph_fingerprint
 from diffcache.gates import StepInfo, make_gate
+from diffcache.memory import in_words, to_host
 from diffcache.ops import difference_form
-from diffcache.programs import History, Program, Programs
+from diffcache.options import RunOptions
+from diffcache.programs import Program, Programs
 from diffcache.report import CompileReport
 from diffcache.schedule import Cell, Forecast, Schedule
 from diffcache.sites import Site
+from diffcache.streams import Stream, calling, close, input_at
 from diffcache.tracing import tree
 from diffcache.tracing.captured import Captured
 from diffcache.tracing.errors import CaptureError, GuardFailed, user_frame
@@ -29,39 +33,6 @@ from diffcache.tracing.variant import Variant
 MAX_STREAMS = 16
 _CAPTURING = threading.RLock()  # recording a forward patches torch.nn.Module for the whole process
 SiteFinder = Callable[[Variant, Bound, Sequence[str]], Sequence[Site]]
-
-
-class Stream:
-    """The calls of one generation with one condition: where it is, what it keeps, what was hoisted for it."""
-
-    def __init__(self, owner: tuple[Any, ...], invariants: list[Any]):
-        self.owner = owner
-        self.invariants = [(leaf, _version(leaf)) for leaf in invariants]
-        self.position = -1
-        self.on_schedule = True
-        self.history: History = {}
-        self.hoisted: dict[Programs, tuple[Any, Sequence[Any]]] = {}
-        self.probe: torch.Tensor | None = None
-        self.latent: Any = None
-        self.accumulated, self.since = 0.0, 0
-
-    def restart(self) -> None:
-        self.position, self.on_schedule = -1, True
-        self.history, self.hoisted, self.probe, self.latent = {}, {}, None, None
-        self.accumulated, self.since = 0.0, 0
-
-    def serves(self, owner: tuple[Any, ...], invariants: list[Any]) -> bool:
-        return (
-            self.owner == owner
-            and len(invariants) == len(self.invariants)
-            and all(
-                _unchanged(old, version, new) for (old, version), new in zip(self.invariants, invariants, strict=True)
-            )
-        )
-
-    def holds(self, invariants: list[Any]) -> bool:
-        """Whether these are the very objects of its first call, not only equal ones."""
-        return bool(invariants) and all(old is new for (old, _), new in zip(self.invariants, invariants, strict=True))
 
 
 class CachedDenoiser(nn.Module):
@@ -78,15 +49,13 @@ class CachedDenoiser(nn.Module):
         pattern: CallPattern,
         find_sites: SiteFinder,
         *,
-        backend: str = "eager",
-        disable_passes: Sequence[str] = (),
+        options: RunOptions = RunOptions(),  # noqa: B008  (frozen)
         title: str = "denoiser",
     ):
         super().__init__()
         self.denoiser = captured.denoiser
         object.__setattr__(self, "captured", captured)
-        self.schedule, self.pattern, self.backend, self.title = schedule, pattern, backend, title
-        self.disable_passes = tuple(disable_passes)
+        self.schedule, self.pattern, self.options, self.title = schedule, pattern, options, title
         self.report: CompileReport | None = None
         self.graphs: frozenset[str] = frozenset()  # fingerprints of what a loaded schedule was made for
         self._find_sites = find_sites
@@ -144,14 +113,27 @@ class CachedDenoiser(nn.Module):
 
     def with_schedule(self, schedule: Schedule) -> CachedDenoiser:
         """The same denoiser under another schedule; captures and programs are shared."""
-        other = CachedDenoiser(self.captured, schedule, self.pattern, self._find_sites, backend=self.backend,
-                               disable_passes=self.disable_passes, title=self.title)  # fmt: skip
+        other = CachedDenoiser(
+            self.captured, schedule, self.pattern, self._find_sites, options=self.options, title=self.title
+        )
         other._programs = self._programs
         return other
 
     # -- one call ----------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return (self._compiled if torch.compiler.is_compiling() else self._run)(*args, **kwargs)
+
+    @torch.compiler.disable(
+        reason="diffcache keeps count of the steps in Python and compiles each program as one graph"
+    )
+    def _compiled(self, *args: Any, **kwargs: Any) -> Any:
+        """What ``torch.compile`` of this module comes to: from now on the programs are compiled."""
+        if self.options.backend == "eager":
+            self.options, self._programs = replace(self.options, backend="inductor"), {}
+        return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         if self.captured.refused is not None:
             return self.denoiser(*args, **kwargs)
         bound = self.captured.bind(args, kwargs)
@@ -222,10 +204,27 @@ class CachedDenoiser(nn.Module):
                 self.say_once(
                     "graph of this call is not the one the schedule was calibrated on; compile again if it drifts"
                 )
-            found = Programs(variant, self.pattern.invariant, sites, backend=self.backend,
-                             disable=self.disable_passes, title=self._program_title(names))  # fmt: skip
+            found = self._make_programs(variant, sites, names)
+            if sites and not self._fits(found):
+                found = self._make_programs(variant, (), names)
             self._programs[id(variant), names] = found
         return found
+
+    def _make_programs(self, variant: Variant, sites: Sequence[Site], names: Sequence[str]) -> Programs:
+        title = self._program_title(names)
+        return Programs(variant, self.pattern.invariant, sites, options=self.options, title=title)
+
+    def _fits(self, programs: Programs) -> bool:
+        """Whether history stays within ``max_cache_bytes`` at the shapes of this call."""
+        allowed = self.options.max_cache_bytes
+        needed = programs.memory(self.schedule, self.pattern.streams).device_bytes
+        if allowed is None or needed <= allowed:
+            return True
+        self.say_once(
+            f"history of this call would take {in_words(needed)}, max_cache_bytes allows {in_words(allowed)}: it is "
+            "computed in full. Raise the limit, or compile with history_dtype='int8' or offload_history=True"
+        )
+        return False
 
     def _program_title(self, names: Sequence[str]) -> str:
         """Tells the programs of different sites apart in dumps."""
@@ -235,23 +234,23 @@ class CachedDenoiser(nn.Module):
     def _place(self, bound: Bound) -> tuple[Stream, int | None]:
         """The stream of this call and its step, or None if it does not follow the schedule (then it runs in full)."""
         owner = (getattr(self._context, "name", ""), threading.get_ident(), torch.is_grad_enabled())
-        invariants = [leaf for path in self.pattern.invariant if (leaf := _input(bound, path)) is not None]
-        latent = _input(bound, self.pattern.probe)
+        invariants = [leaf for path in self.pattern.invariant if (leaf := input_at(bound, path)) is not None]
+        latent = input_at(bound, self.pattern.probe)
         found = [stream for stream in reversed(self._streams) if stream.serves(owner, invariants)]
-        clock = host_value(_input(bound, self.pattern.clock)) if self.schedule.rows else None
+        clock = host_value(input_at(bound, self.pattern.clock)) if self.schedule.rows else None
         if clock is None:  # nothing to follow, or a timestep on a device: count calls
             stream = found[0] if found else self._begin(owner, invariants)
             if stream.position + 1 >= self.schedule.steps:
                 stream.restart()
             return stream, stream.position + 1
-        caller = _caller(found, invariants, latent)
+        caller = calling(found, invariants, latent)
         table = self.schedule.clock or self.pattern.clock_values
         expected = caller.position + 1 if caller is not None else 0
-        if caller is not None and caller.on_schedule and expected < len(table) and _close(clock, table[expected]):
+        if caller is not None and caller.on_schedule and expected < len(table) and close(clock, table[expected]):
             # an older generation with equal conditions that this one has overtaken was interrupted
             older = set(found[found.index(caller) + 1 :])
             self._streams = [s for s in self._streams if s not in older or s.position >= caller.position]
-        elif _close(clock, table[0]):
+        elif close(clock, table[0]):
             caller, expected = self._begin(owner, invariants), 0
         else:
             for stream in found if caller is None else [caller]:
@@ -314,7 +313,8 @@ class CachedDenoiser(nn.Module):
             return
         if program is not None:
             for (row, value), tensor in zip(program.writes, written, strict=True):
-                stream.history[row, value, step] = tensor.detach() if tensor.requires_grad else tensor
+                kept = tensor if isinstance(tensor, tuple) or not tensor.requires_grad else tensor.detach()
+                stream.history[row, value, step] = to_host(kept) if self.options.offload_history else kept
         live = self.schedule.live_after(step)
         rows = {row: set(live.get(r.site, ())) for row, r in enumerate(self.schedule.rows)}
         stream.history = {key: t for key, t in stream.history.items() if key[2] in rows[key[0]]}
@@ -336,57 +336,3 @@ class CachedDenoiser(nn.Module):
 
     def extra_repr(self) -> str:
         return f"schedule of {len(self.schedule.rows)} sites x {self.schedule.steps} steps"
-
-
-def _input(bound: Bound, path: tree.Path | None) -> Any:
-    """An argument by its path; None where this call has no such argument."""
-    with contextlib.suppress(KeyError, IndexError, AttributeError, TypeError):
-        return tree.follow(bound, path) if path is not None else None
-    return None
-
-
-def _caller(found: Sequence[Stream], invariants: list[Any], latent: Any) -> Stream | None:
-    """Which of several generations with equal conditions calls, or None where that is not certain.
-
-    The very objects of its conditions tell; else its latent, which one step moves far less than another seed does.
-    Only then is a number read from a device.
-    """
-    same = [stream for stream in found if stream.holds(invariants)]
-    found = same or list(found)
-    if len(found) < 2:
-        return found[0] if found else None
-    distances = [_distance(stream.latent, latent) for stream in found]
-    nearest, second = sorted(distances)[:2]
-    return found[distances.index(nearest)] if nearest < 0.5 * second or nearest == second == 0 else None
-
-
-def _distance(old: Any, new: Any) -> float:
-    if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor) or old.shape != new.shape:
-        return float("inf")
-    return 0.0 if old is new else float((old.detach().float() - new.detach().float()).norm())
-
-
-def _version(leaf: Any) -> Any:
-    if not isinstance(leaf, torch.Tensor):
-        return leaf
-    if leaf.is_inference():  # writes leave no trace on it: keep a copy to compare with
-        return leaf.clone()
-    return leaf._version, leaf.data_ptr()
-
-
-def _unchanged(old: Any, version: Any, new: Any) -> bool:
-    """Whether an invariant input is what it was, decided without waiting for a device."""
-    if not isinstance(new, torch.Tensor) or not isinstance(old, torch.Tensor):
-        return type(old) is type(new) and bool(old == new)
-    if isinstance(version, torch.Tensor):
-        return new.device.type == "cpu" and new.dtype == version.dtype and torch.equal(new, version)
-    if (old._version, old.data_ptr()) != version:
-        return False
-    if new is old:
-        return True
-    same_kind = new.shape == old.shape and new.dtype == old.dtype and new.device == old.device
-    return same_kind and new.device.type == "cpu" and torch.equal(new, old)
-
-
-def _close(a: float, b: float) -> bool:
-    return abs(a - b) <= 1e-6 * max(abs(a), abs(b), 1e-6)

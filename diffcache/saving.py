@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from diffcache.call_pattern import CallPattern
 from diffcache.fingerprint import graph_fingerprint, module_fingerprint
 from diffcache.integrations.diffusers import is_pipeline, with_components
 from diffcache.lower import check_backend
+from diffcache.options import RunOptions
 from diffcache.profile_record import Profile
 from diffcache.profiling import SiteFinder
 from diffcache.report import CompileReport
@@ -39,7 +41,7 @@ def save(denoisers: Mapping[str, CachedDenoiser], folder: str | Path) -> None:
             "modules": module_fingerprint(cached.denoiser),
             "graphs": _graphs(cached),
             "leaf_modules": _leaf_paths(cached),
-            "disable_passes": list(cached.disable_passes),
+            "options": {k: v for k, v in asdict(cached.options).items() if k != "backend"},
             "uncached": cached.captured.refused,
             "pattern": _pattern_to_json(cached.pattern),
             "report": cached.report.to_json() if cached.report is not None else None,
@@ -125,8 +127,9 @@ def _load_one(path: Path, name: str, entry: Mapping[str, Any], denoiser: nn.Modu
             schedule,
             pattern,
             SiteFinder(captured),
-            backend=backend,
-            disable_passes=entry["disable_passes"],
+            options=RunOptions(
+                backend, **{**entry["options"], "disable_passes": tuple(entry["options"]["disable_passes"])}
+            ),
             title=name,
         )
         cached.graphs = frozenset(entry["graphs"])

@@ -12,17 +12,22 @@ from torch import nn
 from diffcache.integrations import diffusers as pipelines
 from diffcache.profiling import Generate
 from diffcache.runtime import CachedDenoiser
+from diffcache.tracing.compiled import is_compiled, uncompiled
 
 Sample = Callable[[nn.Module, Any], Any]
 
 
 @dataclass(frozen=True)
 class Target:
-    """One denoiser of a model, and how to run a whole generation with something else in its place."""
+    """One denoiser of a model, and how to run a whole generation with something else in its place.
+
+    ``compiled`` says that it came compiled, whole or in part.
+    """
 
     name: str
     denoiser: nn.Module
     generate: Generate
+    compiled: bool
 
 
 def find_targets(model: Any, calib_prompts: Sequence[Any], sample: Sample | None, seed: int) -> list[Target]:
@@ -46,7 +51,7 @@ def find_targets(model: Any, calib_prompts: Sequence[Any], sample: Sample | None
             )
 
         found = pipelines.find_denoisers(model, calib_prompts[0], seed)
-        return [Target(name, _uncompiled(module), run(name)) for name, module in found.items()]
+        return [Target(name, _uncompiled(module), run(name), is_compiled(module)) for name, module in found.items()]
     if not isinstance(model, nn.Module):
         raise ValueError(f"expected a diffusers pipeline or a torch.nn.Module, got {type(model).__name__}")
     if sample is None:
@@ -54,11 +59,12 @@ def find_targets(model: Any, calib_prompts: Sequence[Any], sample: Sample | None
             "a bare denoiser needs sample=: a function sample(denoiser, item) that runs one whole generation for one "
             "calibration item by calling denoiser(...), and returns the result"
         )
-    return [Target("denoiser", _uncompiled(model), _sampler(sample, calib_prompts, seed))]
+    return [Target("denoiser", _uncompiled(model), _sampler(sample, calib_prompts, seed), is_compiled(model))]
 
 
 def _uncompiled(module: nn.Module) -> nn.Module:
-    """What was compiled before is compiled anew from the denoiser itself."""
+    """What was compiled before, here or by ``torch.compile``, is compiled anew from the denoiser itself."""
+    module = uncompiled(module)
     return module.denoiser if isinstance(module, CachedDenoiser) else module
 
 

@@ -24,13 +24,20 @@ from torch import fx
 
 from diffcache.graphs import find_output
 from diffcache.liveness import live_nodes
-from diffcache.ops import extrapolate
+from diffcache.memory import can_be_small
+from diffcache.ops import extrapolate, quantize
 from diffcache.schedule import COMPUTE, Cell, Forecast
 from diffcache.sites import Site
+from diffcache.tracing.spec import TensorSpec
 
 
-def apply_schedule(gm: fx.GraphModule, *, sites: Sequence[Site] = (), cells: Sequence[Cell] = ()) -> fx.GraphModule:
+def apply_schedule(
+    gm: fx.GraphModule, *, sites: Sequence[Site] = (), cells: Sequence[Cell] = (), small: torch.dtype | None = None
+) -> fx.GraphModule:
     """Specialise the graph to one column of a schedule; ``cells[i]`` decides about ``sites[i]``.
+
+    With ``small`` (int8 or float8) history is kept in that dtype, each row with a scale of its own: a write is then the
+    pair of both, and ``scale_0_0_0`` stands beside ``history_0_0_0``.
 
     Raises:
         ValueError: a site's node is not in this graph.
@@ -46,10 +53,11 @@ def apply_schedule(gm: fx.GraphModule, *, sites: Sequence[Site] = (), cells: Seq
     for row, (site, cell) in enumerate(zip(sites, cells, strict=True)):
         for index, (value, anchor) in enumerate(_resolve(site, nodes)):
             if cell is COMPUTE:
-                written.append(_kept(graph, value, anchor, returned))
+                written.append(_kept(graph, value, anchor, returned, small))
                 gm.meta["writes"].append((row, index))
             elif isinstance(cell, Forecast):
-                last = _forecast(gm, last, value, anchor, (row, index), cell, value.meta.get("storage") in returned)
+                copied = value.meta.get("storage") in returned
+                last = _forecast(gm, last, value, anchor, (row, index), cell, copied, small)
     end.args = ((end.args[0], tuple(written)),)
     return gm
 
@@ -86,10 +94,14 @@ def _last_placeholder(graph: fx.Graph) -> fx.Node:
     return [node for node in graph.nodes if node.op == "placeholder"][-1]
 
 
-def _kept(graph: fx.Graph, value: fx.Node, anchor: fx.Node | None, returned: set[object]) -> fx.Node:
+def _kept(
+    graph: fx.Graph, value: fx.Node, anchor: fx.Node | None, returned: set[object], small: torch.dtype | None
+) -> fx.Node:
     """What history keeps of a computed value: its residual, or the value (a copy if the caller gets it as well)."""
     with graph.inserting_after(value):
-        if anchor is not None:
+        if can_be_small(value.meta.get("val"), small):
+            kept = graph.call_function(quantize, (value, anchor, small))
+        elif anchor is not None:
             kept = graph.call_function(torch.sub, (value, anchor))
         elif value.meta.get("storage") in returned:
             kept = graph.call_method("clone", (value,))
@@ -101,18 +113,21 @@ def _kept(graph: fx.Graph, value: fx.Node, anchor: fx.Node | None, returned: set
 
 def _forecast(
     gm: fx.GraphModule, last: fx.Node, value: fx.Node, anchor: fx.Node | None, place: tuple[int, int], cell: Forecast,
-    returned: bool,
+    returned: bool, small: torch.dtype | None,
 ) -> fx.Node:  # fmt: skip
     """Put the forecast in the place of ``value``; returns the last placeholder."""
     graph, (row, index) = gm.graph, place
-    history = []
-    for age in range(len(cell.steps)):
-        with graph.inserting_after(last):
-            last = graph.placeholder(f"history_{row}_{index}_{age}")
-        last.meta = {"val": value.meta.get("val"), "path": ""}
-        history.append(last)
-        gm.meta["history"].append((row, index, age))
-    if cell.is_reuse and anchor is None and not returned:
+    history, spec = [], value.meta.get("val")
+    small_of = spec.dtype if isinstance(spec, TensorSpec) and can_be_small(spec, small) else None
+    for kind in ("history", "scale") if small_of is not None else ("history",):
+        for age in range(len(cell.steps)):
+            with graph.inserting_after(last):
+                last = graph.placeholder(f"{kind}_{row}_{index}_{age}")
+            last.meta = {"val": spec if small_of is None else None, "path": ""}
+            history.append(last)
+            if kind == "history":
+                gm.meta["history"].append((row, index, age))
+    if cell.is_reuse and anchor is None and not returned and small_of is None:
         forecast = history[0]
     else:
         weights = next((n for n in graph.nodes if n.op == "placeholder" and n.target == f"weights_{row}"), None)
@@ -122,7 +137,8 @@ def _forecast(
             weights.meta = {"path": ""}
             gm.meta["weights"].append(row)
         with graph.inserting_after(value):
-            forecast = graph.call_function(extrapolate, (anchor, history, weights))
+            stored = () if small_of is None else (None, small_of)
+            forecast = graph.call_function(extrapolate, (anchor, history, weights, *stored))
         forecast.meta = {"val": value.meta.get("val"), "path": value.meta.get("path", ""), "forecast": True}
     value.replace_all_uses_with(forecast, delete_user_cb=lambda user: user is not forecast)
     return last

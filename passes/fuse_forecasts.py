@@ -44,7 +44,7 @@ def fuse_forecasts(gm: fx.GraphModule) -> fx.GraphModule:
 
 def _fuse_gate(graph: fx.Graph, forecast: fx.Node) -> fx.Node:
     """``other + gate * forecast`` as one node; returns the node that makes the value."""
-    anchor, history, weights = forecast.args
+    anchor, history, weights, *rest = forecast.args
     scaled = _only_user(forecast, MUL)
     total = _only_user(scaled, ADD) if scaled is not None else None
     if anchor is not None or scaled is None or total is None:
@@ -53,7 +53,7 @@ def _fuse_gate(graph: fx.Graph, forecast: fx.Node) -> fx.Node:
     if gate is None or other is None or not _alike(forecast, other, total) or not _fit(forecast, gate, scaled):
         return forecast
     with graph.inserting_before(total):
-        fused = graph.call_function(extrapolate, (other, history, weights, gate))
+        fused = graph.call_function(extrapolate, (other, history, weights, gate, *rest[1:]))
     fused.meta = dict(total.meta)
     total.replace_all_uses_with(fused)
     _erase(graph, (total, scaled, forecast))
@@ -80,7 +80,7 @@ def _fuse_norm(gm: fx.GraphModule, forecast: fx.Node) -> None:
     with graph.inserting_after(max((factor, shift, forecast), key=order.__getitem__)):
         both = graph.call_function(
             extrapolate_modulate,
-            (anchor, history, weights, factor, shift, _norm_eps(gm, norm, forecast), rest[0] if rest else None),
+            (anchor, history, weights, factor, shift, _norm_eps(gm, norm, forecast), *(rest or [None])),
             {"keep": bool(others)},
         )
     with graph.inserting_after(both):

@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from diffcache.tracing import tree
 from diffcache.tracing.ambient import ambient
+from diffcache.tracing.compiled import running_eagerly, uncompiled
 from diffcache.tracing.errors import CaptureError, GuardFailed
 from diffcache.tracing.printer import format_graph
 from diffcache.tracing.reachable import is_numpy
@@ -79,6 +80,7 @@ class Captured(nn.Module):
         super().__init__()
         if on_uncapturable not in ("raise", "eager"):
             raise ValueError(f"on_uncapturable is {on_uncapturable!r}; expected 'raise' or 'eager'")
+        denoiser = uncompiled(denoiser)
         object.__setattr__(self, "denoiser", denoiser)
         self.signature = inspect.signature(denoiser.forward)
         self.leaf_modules, self.on_uncapturable = tuple(leaf_modules), on_uncapturable
@@ -120,7 +122,8 @@ class Captured(nn.Module):
                 f"or reads another value, at almost every call ({_last_guard(self.variants[-1])}). "
                 "Pass on_uncapturable='eager' to run such calls uncached."
             )
-        variant = capture_variant(self.denoiser, self.signature, bound, self.leaf_modules)
+        with running_eagerly(self.denoiser):
+            variant = capture_variant(self.denoiser, self.signature, bound, self.leaf_modules)
         way = (variant.static, variant.layout_read)
         if way not in self._ways:
             self._ways.append(way)

@@ -254,9 +254,7 @@ def _flatten(slots: Any) -> Iterator[_Flat]:
         yield _Flat(lambda table, name, default: table.get(name, default), others)
 
 
-_INTERNAL = frozenset(set(vars(nn.Module)) - {"forward", "_compiled_call_impl", "training"}) | frozenset(
-    ("__class__", "__dict__")
-)
+_INTERNAL = frozenset(set(vars(nn.Module)) - {"forward", "training"}) | frozenset(("__class__", "__dict__"))
 
 
 def _passing(table: Mapping[str, Any], name: str, value: Any) -> bool:

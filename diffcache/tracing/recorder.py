@@ -322,8 +322,7 @@ class Recorder(Values, TorchFunctionMode):
     def _leaf(self, module: nn.Module) -> Iterator[None]:
         self.trace.reads.in_leaf = True
         try:
-            with self.patches.lifted() if is_compiled(module) else contextlib.nullcontext():
-                yield
+            yield
         finally:
             self.trace.reads.in_leaf = False
 
@@ -348,9 +347,3 @@ class Recorder(Values, TorchFunctionMode):
             if entry is not None and entry[0]() is leaf:
                 found.append(entry[1].name)
         return tuple(found)
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Compiled by ``torch.compile(module)`` or ``module.compile()``."""
-    compiled = type(module).__module__.startswith("torch._dynamo")
-    return compiled or vars(module).get("_compiled_call_impl") is not None

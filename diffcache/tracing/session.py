@@ -12,10 +12,11 @@ import torch
 from torch import fx, nn
 
 from diffcache.tracing import tree
+from diffcache.tracing.compiled import uncompiled
 from diffcache.tracing.errors import CaptureError
 from diffcache.tracing.executed import executed_code
 from diffcache.tracing.opaque import opaque_functions
-from diffcache.tracing.recorder import Recorder, is_compiled
+from diffcache.tracing.recorder import Recorder
 from diffcache.tracing.scalars import Tracked, track
 from diffcache.tracing.spec import TensorSpec
 from diffcache.tracing.trace import Trace
@@ -27,11 +28,11 @@ _VARIADIC: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Para
 
 
 def default_leaf(module: nn.Module, path: str) -> bool:
-    """The deepest nodes: modules of ``torch.nn`` that are no containers, scripted and compiled modules."""
-    if is_compiled(module) or isinstance(module, torch.jit.ScriptModule):
+    """The deepest nodes: modules of ``torch.nn`` that are no containers, and scripted modules."""
+    if isinstance(module, torch.jit.ScriptModule):
         return True
     home = type(module).__module__
-    return home.startswith(("torch.nn.", "torch.ao.", "torch._dynamo")) and not isinstance(module, _CONTAINERS)
+    return home.startswith(("torch.nn.", "torch.ao.")) and not isinstance(module, _CONTAINERS)
 
 
 def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Bound:
@@ -80,7 +81,8 @@ def _routes(recorder: Recorder) -> list[Patch]:
     def call_module(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not mine() or not torch._C._is_torch_function_mode_enabled():
             return call(self, *args, **kwargs)
-        return recorder.call_module(call, self, args, kwargs)
+        # what was compiled is seen through: a program made of the parts is compiled as a whole
+        return recorder.call_module(nn.Module._call_impl, uncompiled(self), args, kwargs)
 
     def call_script(self: Any, *args: Any, **kwargs: Any) -> Any:
         run = lambda: script(self, *args, **kwargs)  # noqa: E731

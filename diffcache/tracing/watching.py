@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -42,15 +40,6 @@ class Patches:
                 delattr(owner, name)
             else:
                 setattr(owner, name, value)
-
-    @contextlib.contextmanager
-    def lifted(self) -> Iterator[None]:
-        """Without the patches for a while: a compiler that runs inside would compile them, too."""
-        self.__exit__()
-        try:
-            yield
-        finally:
-            self.__enter__()
 
 
 def watch_modules(reads: ModuleReads) -> list[Patch]:
