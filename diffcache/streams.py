@@ -18,7 +18,7 @@ class Stream:
 
     def __init__(self, owner: tuple[Any, ...], invariants: list[Any]):
         self.owner = owner
-        self.invariants = [(leaf, _version(leaf)) for leaf in invariants]
+        self.invariants = [(leaf, version(leaf)) for leaf in invariants]
         self.position = -1
         self.on_schedule = True
         self.history: History = {}
@@ -37,7 +37,7 @@ class Stream:
             self.owner == owner
             and len(invariants) == len(self.invariants)
             and all(
-                _unchanged(old, version, new) for (old, version), new in zip(self.invariants, invariants, strict=True)
+                unchanged(old, version, new) for (old, version), new in zip(self.invariants, invariants, strict=True)
             )
         )
 
@@ -74,7 +74,7 @@ def _distance(old: Any, new: Any) -> float:
     return 0.0 if old is new else float((old.detach().float() - new.detach().float()).norm())
 
 
-def _version(leaf: Any) -> Any:
+def version(leaf: Any) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return leaf
     if leaf.is_inference():  # writes leave no trace on it: keep a copy to compare with
@@ -82,7 +82,7 @@ def _version(leaf: Any) -> Any:
     return leaf._version, leaf.data_ptr()
 
 
-def _unchanged(old: Any, version: Any, new: Any) -> bool:
+def unchanged(old: Any, version: Any, new: Any) -> bool:
     """Whether an invariant input is what it was, decided without waiting for a device."""
     if not isinstance(new, torch.Tensor) or not isinstance(old, torch.Tensor):
         return type(old) is type(new) and bool(old == new)

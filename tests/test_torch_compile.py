@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,7 @@ from torch._dynamo.utils import counters
 
 import diffcache
 from diffcache import recipes
+from diffcache.integrations import dynamo
 from diffcache.runtime import CachedDenoiser
 from tests.generation import Request, TextDiT, make, sample
 
@@ -109,3 +111,95 @@ def test_before_us(compile_before) -> None:
 def test_before_us_and_still_eager_if_asked() -> None:
     assert compiled(regionally(make()), backend="eager").options.backend == "eager"
     assert compiled(make()).options.backend == "eager"
+
+
+# -- as a backend: exact passes only ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hoistings(monkeypatch: pytest.MonkeyPatch) -> list[dynamo.Hoisting]:
+    """What the backend makes, in order."""
+    made: list[dynamo.Hoisting] = []
+    begin = dynamo.Hoisting.__init__
+    monkeypatch.setattr(dynamo.Hoisting, "__init__", lambda self, module: (begin(self, module), made.append(self))[0])
+    return made
+
+
+def count(calls: list[int], run):
+    def counted(*args):
+        calls.append(1)
+        return run(*args)
+
+    return counted
+
+
+def test_backend_is_registered() -> None:
+    if not installed():
+        pytest.skip("diffcache is not installed, only imported")
+    assert "diffcache" in torch.compiler.list_backends()
+
+
+def installed() -> bool:
+    return any(entry.name == "diffcache" for entry in importlib.metadata.entry_points(group="torch_dynamo_backends"))
+
+
+def test_backend_hoists_what_does_not_change(hoistings) -> None:
+    model = make()
+    fast = torch.compile(model, backend=dynamo.backend)
+    for seed in (3, 4):
+        request = Request(seed=seed, prompt=seed)  # another prompt: hoisted again
+        torch.testing.assert_close(sample(fast, request), sample(model, request), **CLOSE)
+    (hoisting,) = hoistings
+    calls: list[int] = []
+    hoisting._prologue = count(calls, hoisting._prologue)
+    sample(fast, Request(seed=5, prompt=5))
+    assert len(calls) == 1  # of eight steps
+    body, prologue, _ = dynamo.split(hoisting.module, frozenset(hoisting._watched))
+    products = [sum("mm" in str(n.target) for n in part.graph.nodes) for part in (hoisting.module, body, prologue)]
+    assert products[1] == products[0] - 2  # the two layers on the prompt
+    assert products[2] == 2
+
+
+def test_backend_sees_changed_weights(hoistings) -> None:
+    model, request = make(), Request(seed=3)
+    fast = torch.compile(model, backend=dynamo.backend)
+    sample(fast, request)
+    with torch.no_grad():
+        model.text[0].weight.mul_(1.5)
+    torch.testing.assert_close(sample(fast, request), sample(model, request), **CLOSE)
+
+
+def test_backend_returns_memory_of_its_own() -> None:
+    class Both(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.text = torch.nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor, prompt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            context = self.text(prompt)
+            return x * context.sum(), context[:, 1:]
+
+    model, prompt = Both().eval(), torch.randn(2, 4)
+    fast = torch.compile(model, backend=dynamo.backend)
+    with torch.no_grad():
+        for step in range(4):
+            x = torch.full((2, 4), float(step))
+            result, expected = fast(x, prompt), model(x, prompt)
+            torch.testing.assert_close(result, expected, **CLOSE)
+            result[1].zero_()
+
+
+def test_backend_draws_random_numbers_every_time() -> None:
+    fast = torch.compile(lambda x, p: x + torch.rand_like(p), backend=dynamo.backend)
+    x, p = torch.zeros(100), torch.zeros(100)
+    with torch.no_grad():
+        results = [fast(x.clone(), p) for _ in range(4)]
+    assert not torch.equal(results[2], results[3])
+
+
+def test_backend_leaves_training_to_inductor(hoistings) -> None:
+    layer, x = torch.nn.Linear(3, 2), torch.randn(4, 3)
+    torch.compile(layer, backend=dynamo.backend)(x).sum().backward()
+    expected = torch.autograd.grad(layer(x).sum(), layer.weight)[0]
+    torch.testing.assert_close(layer.weight.grad, expected)
+    assert not hoistings
