@@ -18,7 +18,8 @@ class StepInfo:
 
     ``since_compute`` counts steps since the last computed one (1 for the step right after it). ``change`` is the
     probe's relative L1 change since the previous step, ``mean|p - p'| / mean|p'|``; ``accumulated`` the sum of the
-    changes since the last computed step, this one included.
+    changes since the last computed step, this one included. Samples of one batch share the decision: both are those of
+    the sample that moved most, so that company never makes a result worse.
     """
 
     step: int

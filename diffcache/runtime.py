@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from diffcache.call_pattern import CallPattern, host_value
 from diffcache.fingerprint import graph_fingerprint
 from diffcache.gates import StepInfo, make_gate
 from diffcache.memory import in_words, to_host
-from diffcache.ops import difference_form
+from diffcache.ops import difference_form, relative_change
 from diffcache.options import RunOptions
 from diffcache.programs import Program, Programs
 from diffcache.report import CompileReport
@@ -275,13 +276,15 @@ class CachedDenoiser(nn.Module):
         """Ask the gate whether a forecast may be used at this step. Reads one number on the host."""
         if self._gate is None or self.pattern.probe is None or step is None:
             return True
-        probe = tree.follow(bound, self.pattern.probe)
-        change = 0.0
+        probe = tree.follow(bound, self.pattern.probe).detach()
+        changes = [0.0] * len(probe)
         if stream.probe is not None:
-            change = float((probe - stream.probe).abs().mean() / stream.probe.abs().mean())
-        stream.probe = probe.detach().clone()
-        stream.accumulated += change
-        return self._gate(StepInfo(step, stream.since + 1, change, stream.accumulated))
+            changes = relative_change(probe, stream.probe).tolist()
+        stream.probe = probe.clone()
+        # samples of one batch share the decision: the one that moved most makes it
+        before = stream.accumulated if len(stream.accumulated) == len(changes) else [0.0] * len(changes)
+        stream.accumulated = [total + change for total, change in zip(before, changes, strict=True)]
+        return self._gate(StepInfo(step, stream.since + 1, _most(changes), _most(stream.accumulated)))
 
     def _hoisted(self, stream: Stream, programs: Programs, leaves: list[Any]) -> Sequence[Any]:
         if programs.prologue is None:
@@ -321,7 +324,7 @@ class CachedDenoiser(nn.Module):
         stream.position = step
         stream.since = stream.since + 1 if forecast else 0
         if not forecast:
-            stream.accumulated = 0.0
+            stream.accumulated = []
         if step == self.schedule.steps - 1:
             with self._lock:
                 self._streams = [s for s in self._streams if s is not stream]
@@ -336,3 +339,8 @@ class CachedDenoiser(nn.Module):
 
     def extra_repr(self) -> str:
         return f"schedule of {len(self.schedule.rows)} sites x {self.schedule.steps} steps"
+
+
+def _most(values: Sequence[float]) -> float:
+    """The largest; NaN if there is one, so that it is never forecast."""
+    return next((v for v in values if math.isnan(v)), max(values, default=0.0))

@@ -25,12 +25,13 @@ class Stream:
         self.hoisted: dict[Programs, tuple[Any, Sequence[Any]]] = {}
         self.probe: torch.Tensor | None = None
         self.latent: Any = None
-        self.accumulated, self.since = 0.0, 0
+        self.accumulated: list[float] = []  # change of the probe since the last computed step, of each sample
+        self.since = 0
 
     def restart(self) -> None:
         self.position, self.on_schedule = -1, True
         self.history, self.hoisted, self.probe, self.latent = {}, {}, None, None
-        self.accumulated, self.since = 0.0, 0
+        self.accumulated, self.since = [], 0
 
     def serves(self, owner: tuple[Any, ...], invariants: list[Any]) -> bool:
         return (

@@ -592,6 +592,26 @@ def test_a_generous_gate_changes_nothing() -> None:
     assert same(sample(denoiser, Request(seed=3)), sample(cached(), Request(seed=3)))
 
 
+def test_the_sample_that_moves_most_decides_for_its_batch() -> None:
+    spec = GateSpec("accumulated_change", {"budget": 0.15})
+    requests = [Request(seed=seed, prompt=seed) for seed in range(4)]
+
+    def forecasts(latents: torch.Tensor, prompts: torch.Tensor) -> int:
+        denoiser = cached("CrrrCrrr", gate=spec)
+        x = latents
+        with torch.no_grad(), all_on_schedule():
+            for t in requests[0].times():
+                x = x - denoiser(x, t.expand(len(x)).contiguous(), prompts) / STEPS
+        return denoiser.steps_forecast
+
+    latents = [request.latent() for request in requests]
+    latents[0] = latents[0] * 0.02  # so small that its steps are large beside it
+    prompts = [request.embeds() for request in requests]
+    alone = [forecasts(x, p) for x, p in zip(latents, prompts, strict=True)]
+    assert alone[0] < min(alone[1:])
+    assert forecasts(torch.cat(latents), torch.cat(prompts)) == alone[0]
+
+
 def test_a_gate_vetoes_forecasts() -> None:
     denoiser = cached("CrrrCrrr", gate=GateSpec("max_gap", {"limit": 1}))
     with all_on_schedule():
