@@ -77,6 +77,7 @@ def build_unet() -> UNet2DConditionModel:
         out_channels=16,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        mid_block_type=None,  # the deepest resolution is 2 x 2
         block_out_channels=(64, 128, 192),
         layers_per_block=2,
         cross_attention_dim=DIM,

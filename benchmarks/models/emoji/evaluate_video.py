@@ -21,7 +21,8 @@ from torch import Tensor
 
 from benchmarks.models.emoji import autoencoder, clips, data, features
 from benchmarks.models.emoji.evaluate import grid
-from benchmarks.models.emoji.video import FOLDER, EmojiVideoPipeline
+from benchmarks.models.emoji.video import FOLDER
+from benchmarks.models.emoji.video_pipeline import EmojiVideoPipeline
 
 LOOKED_AT = [2, 5]  # frames whose features are compared
 

@@ -77,6 +77,12 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def write_curve(trainer: Trainer, batch: int, folder: Path) -> None:
+    """`training.json`: the loss over steps and seconds."""
+    curve = [{"step": step, "seconds": round(spent), "loss": round(loss, 4)} for step, spent, loss in trainer.curve]
+    (folder / "training.json").write_text(json.dumps({"batch": batch, "curve": curve}) + "\n")
+
+
 def main() -> None:
     arguments = parse()
     checkpoint = arguments.checkpoint or data.CACHE / f"{arguments.kind}.ckpt"
@@ -103,10 +109,7 @@ def main() -> None:
     folder = arguments.folder or Path(__file__).parent / arguments.kind
     tokenizer = phrase_tokenizer(encoder.config["captions"], encoder.config["styles"])
     export(pipeline(trainer.average.cpu(), vae.cpu(), encoder, tokenizer), folder)
-    curve = [
-        {"step": step, "seconds": round(seconds), "loss": round(value, 4)} for step, seconds, value in trainer.curve
-    ]
-    (folder / "training.json").write_text(json.dumps({"batch": arguments.batch, "curve": curve}) + "\n")
+    write_curve(trainer, arguments.batch, folder)
     print(f"wrote {folder} after {trainer.step} steps")
 
 
