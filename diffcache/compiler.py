@@ -94,7 +94,8 @@ def compile(
         budget: ``Speedup(factor)``, ``Quality(...)`` or ``Exact()``.
         sample: for a bare denoiser, ``sample(denoiser, item)`` runs one whole generation by calling ``denoiser(...)``.
         recipe: a published rule instead of the search, e.g. ``diffcache.recipes.uniform(interval=2)``.
-        backend: "eager" or "inductor"; by default "inductor" for a denoiser that was compiled, whole or in part.
+        backend: "eager", "inductor", or "cudagraphs" (inductor, recorded and replayed on a GPU); by default "inductor"
+            for a denoiser that was compiled, whole or in part, else "eager".
         leaf_modules: module classes or paths to keep as single nodes.
         on_uncapturable: "raise", or "eager" to return a model that runs uncached what cannot be captured exactly.
         disable_passes: exact passes to leave out, by name.

@@ -17,6 +17,7 @@ from tests.generation import Request, TextDiT, make, sample
 
 ITEMS = [Request(seed=0), Request(seed=1, prompt=1)]
 RECIPE = recipes.uniform(interval=2, predictor="taylor", order=1)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # another compiler rounds in another order
 
 
@@ -59,6 +60,29 @@ def test_by_us_one_graph_a_program_and_no_recompilation() -> None:
     assert count <= 1 + len(programs._programs)
     assert not breaks()
     torch.testing.assert_close(result, expected(request), **CLOSE)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_recorded_programs(device: str) -> None:
+    def run(denoiser: torch.nn.Module, request: Request) -> torch.Tensor:
+        # the sampler's tensors are on the CPU
+        return sample(denoiser, request) if device == "cpu" else sample(OnGpu(denoiser), request)
+
+    fast = diffcache.compile(make().to(device), ITEMS, sample=run, recipe=RECIPE, verbose=False, backend="cudagraphs")
+    request = Request(seed=3)
+    first = run(fast, request)
+    for _ in range(3):
+        assert torch.equal(run(fast, request), first)
+    torch.testing.assert_close(first, expected(request), **CLOSE)
+
+
+class OnGpu(torch.nn.Module):
+    def __init__(self, denoiser: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = denoiser
+
+    def forward(self, *args: torch.Tensor) -> torch.Tensor:
+        return self.inner(*(x.cuda() for x in args)).cpu()
 
 
 def test_other_batches_and_resolutions_compile_once_each() -> None:
