@@ -85,10 +85,10 @@ def _is_complex(leaf: Any) -> bool:
 def _digest(leaf: Any) -> int:
     if not isinstance(leaf, torch.Tensor):
         return hash((type(leaf), leaf))
-    data = leaf.detach().to("cpu").contiguous()
-    return hash(
-        (tuple(data.shape), data.dtype, data.view(-1).view(torch.uint8).numpy().tobytes() if data.numel() else b"")
-    )
+    # a copy has plain strides; a tensor of one element can pass for contiguous with any
+    data = leaf.detach().to("cpu").clone(memory_format=torch.contiguous_format).reshape(-1)
+    content = data.view(torch.uint8).numpy().tobytes() if data.numel() else b""
+    return hash((tuple(leaf.shape), leaf.dtype, content))
 
 
 def find_pattern(generations: Sequence[Sequence[LoggedCall]], min_steps: int = 4) -> CallPattern:

@@ -113,7 +113,7 @@ class _Observer(nn.Module):
             return getattr(super().__getattr__("denoiser"), name)
 
     @contextlib.contextmanager
-    def cache_context(self, name: str) -> Any:
+    def cache_context(self, name: str, **details: Any) -> Any:
         self._context.name = name
         try:
             yield

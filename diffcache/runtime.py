@@ -91,8 +91,8 @@ class CachedDenoiser(nn.Module):
         return self.denoiser.load_state_dict(*args, **kwargs)
 
     @contextlib.contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
-        """Name the guidance branch of the calls inside, as diffusers' pipelines do."""
+    def cache_context(self, name: str, **details: Any) -> Iterator[None]:
+        """Name the guidance branch of the calls inside, as diffusers' pipelines do; they tell more than is needed."""
         before = getattr(self._context, "name", "")
         self._context.name = name
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from typing import Any
@@ -155,6 +156,23 @@ def test_the_stages_by_hand_give_what_compile_gives() -> None:
     assert fast.schedule.origin in origins
     chosen = next((s for s in schedules if s.origin == fast.schedule.origin), fast.schedule)
     assert torch.equal(sample(found.cached(chosen), Request(seed=9)), sample(fast, Request(seed=9)))
+
+
+def test_a_sampler_that_expands_the_timestep_and_tells_more_than_the_branch() -> None:
+    def as_video_pipelines_do(denoiser: Any, request: Request) -> torch.Tensor:
+        x, prompt = request.latent(), request.embeds()
+        with torch.no_grad():
+            for index, t in enumerate(request.times()):
+                t = t[0].expand(len(x))  # of one element and stride zero: contiguous, but not to be viewed
+                enter = getattr(denoiser, "cache_context", lambda name, **details: contextlib.nullcontext())
+                with enter("cond", step_index=index, num_inference_steps=request.steps):
+                    x = x - denoiser(x, t, prompt) / request.steps
+        return x
+
+    fast = diffcache.compile(make(), [Request(seed=0)], sample=as_video_pipelines_do, recipe=EVERY_OTHER, verbose=False)
+    expected = as_video_pipelines_do(make(), Request(seed=3))
+    assert torch.allclose(as_video_pipelines_do(fast, Request(seed=3)), expected, atol=0.1)
+    assert fast.steps_forecast == STEPS // 2
 
 
 def test_a_sampler_may_return_nothing() -> None:

@@ -96,6 +96,15 @@ def test_other_batches_and_resolutions_compile_once_each() -> None:
     assert not breaks()
 
 
+def test_compiled_programs_survive_a_restart() -> None:
+    sample(compiled(make(), backend="inductor"), Request(seed=3))
+    torch._dynamo.reset()  # what a new process starts with: the cache on the disk
+    counters.clear()
+    sample(compiled(make(), backend="inductor"), Request(seed=3))
+    assert counters["inductor"]["fxgraph_cache_hit"] == graphs()
+    assert not counters["inductor"]["fxgraph_cache_miss"]
+
+
 def test_around_us() -> None:
     fast = compiled(make())
     request = Request(seed=3)
