@@ -24,14 +24,17 @@ import diffcache
 from benchmarks.models import digits, emoji
 from benchmarks.models.digits.pipeline import DigitsPipeline
 from benchmarks.models.emoji.pipeline import EmojiPipeline, EmojiUNetPipeline
+from benchmarks.models.emoji.video_pipeline import EmojiVideoPipeline
 from diffcache import gram
 
 STEPS = 28
 EMOJI = ["red apple, noto style", "fox, fluent 3d style", "pizza, fluent flat style", "octopus, blob style"]
+CLIPS = ["red apple, bouncing", "fox, moving left", "pizza, turning", "octopus, growing"]
 DIGITS = ["a handwritten three", "a bold seven", "a thin zero", "a slanted eight"]
 MODELS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "emoji-mmdit": (lambda: EmojiPipeline.from_pretrained(Path(emoji.__file__).parent / "mmdit"), EMOJI),
     "emoji-unet": (lambda: EmojiUNetPipeline.from_pretrained(Path(emoji.__file__).parent / "unet"), EMOJI),
+    "emoji-video": (lambda: EmojiVideoPipeline.from_pretrained(Path(emoji.__file__).parent / "video"), CLIPS),
     "digits": (lambda: DigitsPipeline.from_pretrained(Path(digits.__file__).parent / "pipeline"), DIGITS),
 }
 INK = "#1b2733"

@@ -18,11 +18,12 @@ import torch
 from benchmarks.models.emoji import data
 from benchmarks.models.emoji.prompts import PromptEncoder
 from benchmarks.models.emoji.train import known_phrases
+from benchmarks.models.emoji.video import known_prompts
 
 PREPARED = Path("out/emoji_gpu")
 MODELS = Path(data.__file__).parent
 PART = 15 << 20  # bytes
-SHARE = {"autoencoder": 0.25, "mmdit": 0.45, "unet": 0.3}  # of the minutes
+SHARE = {"autoencoder": 0.2, "mmdit": 0.35, "unet": 0.25, "video": 0.2}  # of the minutes
 
 
 def prepare() -> None:
@@ -32,6 +33,7 @@ def prepare() -> None:
     data.load()
     shutil.copy(data.CACHE / "emoji.npz", PREPARED)
     PromptEncoder.of(*known_phrases(everything=True)).half().save_pretrained(PREPARED / "encoder")
+    known_prompts(everything=True).half().save_pretrained(PREPARED / "video_encoder")
     size = sum(file.stat().st_size for file in PREPARED.rglob("*") if file.is_file())
     print(f"{PREPARED}: {size / 2**20:.0f} MiB")
 
@@ -41,12 +43,14 @@ def train(out: Path, minutes: float, device: str, batch: int) -> None:
     data.CACHE.mkdir(parents=True, exist_ok=True)
     shutil.copy(PREPARED / "emoji.npz", data.CACHE)
     work = Path("out/emoji_gpu_work")
-    common = ["--device", device, "--batch", str(batch), *(["--bf16"] if device == "cuda" else [])]
-    prepared = ["--vae", str(work / "vae"), "--encoder", str(PREPARED / "encoder"), "--everything"]
+    common = ["--device", device, *(["--bf16"] if device == "cuda" else [])]
     for name, share in SHARE.items():
-        module = "autoencoder" if name == "autoencoder" else "train"
+        module = name if name in ("autoencoder", "video") else "train"
         folder = work / ("vae" if name == "autoencoder" else name)
-        own = [] if name == "autoencoder" else [name, *prepared]
+        encoder = PREPARED / ("video_encoder" if name == "video" else "encoder")
+        prepared = ["--vae", str(work / "vae"), "--encoder", str(encoder), "--everything"]
+        own = [] if name == "autoencoder" else [*([name] if module == "train" else []), *prepared]
+        own += ["--batch", str(batch // 2 if name == "video" else batch)]  # a clip has eight pictures
         files = ["--folder", str(folder), "--checkpoint", str(work / f"{name}.ckpt"), "--minutes", str(share * minutes)]
         command = [sys.executable, "-m", f"benchmarks.models.emoji.{module}", *own, *common, *files]
         subprocess.run(command, check=True)

@@ -71,10 +71,18 @@ def build() -> WanTransformer3DModel:
 def flow_loss(model: nn.Module, clean: Tensor, tokens: Tensor) -> Tensor:
     """Rectified flow: squared error of the velocity at a random point of the straight line from clip to noise."""
     noise = torch.randn_like(clean)
-    sigma = torch.sigmoid(torch.randn(len(clean), device=clean.device))
+    # where to and how fast is decided early, in much noise
+    sigma = torch.sigmoid(torch.randn(len(clean), device=clean.device) + 0.5)
     noisy = torch.lerp(clean, noise, sigma[:, None, None, None, None])
     velocity = model(noisy, timestep=1000 * sigma, encoder_hidden_states=tokens, return_dict=False)[0]
     return (velocity - (noise - clean)).square().mean()
+
+
+def known_prompts(everything: bool) -> PromptEncoder:
+    """MiniLM's embeddings of the captions and the motions."""
+    groups = {} if everything else {"groups": GROUPS}
+    captions = sorted(set(data.load().where(**groups, styles=(clips.STYLE,)).captions))
+    return PromptEncoder.of(captions, list(clips.MOTIONS), joined=True, suffix="")
 
 
 def main() -> None:
@@ -85,6 +93,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--bf16", action="store_true", help="autocast, for hardware that multiplies in bfloat16")
+    parser.add_argument("--everything", action="store_true", help="every group, which takes a GPU to learn")
+    parser.add_argument("--encoder", type=Path, help="a prepared PromptEncoder, where MiniLM is not installed")
     parser.add_argument("--vae", type=Path, default=autoencoder.FOLDER)
     parser.add_argument("--checkpoint", type=Path, default=data.CACHE / "video.ckpt")
     parser.add_argument("--folder", type=Path, default=FOLDER)
@@ -101,14 +111,16 @@ def main() -> None:
         print(f"going on from step {trainer.step}")
     torch.manual_seed(arguments.seed + trainer.step)
     vae = AutoencoderKL.from_pretrained(arguments.vae).to(arguments.device)
-    captions = sorted(set(data.load().where(groups=GROUPS, styles=(clips.STYLE,)).captions))
-    encoder = PromptEncoder.of(captions, list(clips.MOTIONS), joined=True, suffix="")
+    if arguments.encoder:
+        encoder = PromptEncoder.from_pretrained(arguments.encoder)
+    else:
+        encoder = known_prompts(arguments.everything)
     draw = Draw(vae, encoder, arguments.batch, trainer.step)
     print(f"{len(draw.latents)} clips", flush=True)
     trainer.run(lambda: flow_loss(model, *draw()), arguments.minutes * 60, arguments.checkpoint, every=100)
 
     pipe = EmojiVideoPipeline(
-        tokenizer=phrase_tokenizer(captions, list(clips.MOTIONS), suffix=""),
+        tokenizer=phrase_tokenizer(encoder.config["captions"], encoder.config["styles"], suffix=""),
         text_encoder=encoder,
         vae=FrameAutoencoder.of(vae.cpu()),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
