@@ -157,10 +157,10 @@ def paired_steps(
     return middle, low, high
 
 
-def operations(gate: bool, device: str) -> tuple[int, int, int]:
+def operations(gate: bool, device: str, depth: tuple[int, int] = (19, 38)) -> tuple[int, int, int]:
     """Of a FLUX-deep transformer: ops of a full step, of a cached one, and what its head needs."""
     dim, tokens = 64, 16
-    model, sample = flux(19, 38, dim, device), sampler(dim, tokens, 8, device)
+    model, sample = flux(*depth, dim, device), sampler(dim, tokens, 8, device)
     calibration = diffcache.profile(model, [0], sample=sample, verbose=False, sensitivity_prompts=0)
     site = next(s for s in calibration.sites.values() if s.role == "stack0")
     schedule = recipes.uniform(interval=2, site=site.name, predictor="taylor", order=2).schedule(

@@ -13,6 +13,7 @@ from diffcache.lower import lower
 from diffcache.memory import Kept, MemoryPlan, entry_bytes, plan_memory
 from diffcache.options import RunOptions
 from diffcache.pipeline import PREPARE, SPECIALISE, PassReport, run_passes
+from diffcache.progress import waiting
 from diffcache.schedule import COMPUTE, Cell, Schedule
 from diffcache.sites import Site
 from diffcache.tracing import tree
@@ -25,8 +26,9 @@ History = dict[tuple[int, int, int], Kept]  # (row, value, step) -> what was kep
 class Program:
     """One graph module with its calling convention: where each input comes from, what each write is."""
 
-    def __init__(self, module: fx.GraphModule, backend: str = "eager"):
-        self.module, self.run = module, lower(module, backend)
+    def __init__(self, module: fx.GraphModule, backend: str = "eager", title: str = "denoiser"):
+        self.module, self.run, self.title = module, lower(module, backend), title
+        self.cold = backend != "eager"  # compiled at its first call
         self.writes: list[tuple[int, int]] = module.meta["writes"]
         self.history: list[tuple[int, int, int]] = module.meta["history"]
         self.weights: list[int] = module.meta["weights"]
@@ -57,7 +59,12 @@ class Program:
                 kept = kept[kind == "scale"] if isinstance(kept, tuple) else kept
                 # what was offloaded comes back on the device's own queue
                 extra.append(kept if kept.device == device else kept.to(device, non_blocking=True))
-        return self.run(*leaves, *extra)
+        if not self.cold:
+            return self.run(*leaves, *extra)
+        with waiting(f"diffcache: compiling {self.title} (once)"):
+            result = self.run(*leaves, *extra)
+        self.cold = False
+        return result
 
 
 class Programs:
@@ -122,7 +129,7 @@ class Programs:
         }
         module, reports = run_passes(self.body, SPECIALISE, options, title=title, disable=self.options.disable_passes)
         self.reports += reports
-        return Program(module, self.options.backend)
+        return Program(module, self.options.backend, title)
 
     def hoisted_state(self) -> tuple[Any, ...]:
         """Identity and version of every parameter that the prologue reads: changed weights mean running it again."""

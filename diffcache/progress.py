@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 
 Report = Callable[[str, int, int], None]  # (stage, done, total)
@@ -10,6 +11,21 @@ Report = Callable[[str, int, int], None]  # (stage, done, total)
 
 def silent(stage: str, done: int, total: int) -> None:
     """Show nothing."""
+
+
+@contextlib.contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """A line that moves while something takes long that nobody was told of; on a terminal only."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+    from rich.errors import LiveError
+
+    with contextlib.ExitStack() as shown:
+        with contextlib.suppress(LiveError):  # another display is already on
+            shown.enter_context(Console(stderr=True).status(what))
+        yield
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -94,6 +95,22 @@ def test_other_batches_and_resolutions_compile_once_each() -> None:
         assert torch.equal(sample(fast, request), first)
         assert graphs() == count  # nothing new the second time
     assert not breaks()
+
+
+def test_a_cold_start_shows_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    fast = compiled(make(), backend="inductor")
+    for programs in fast._programs.values():
+        programs._programs.clear()
+    sample(fast, Request(seed=3))
+    assert "compiling" not in capsys.readouterr().err  # no terminal, nothing said
+    for programs in fast._programs.values():
+        programs._programs.clear()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    sample(fast, Request(seed=3))
+    said = capsys.readouterr().err
+    assert "compiling denoiser-" in said
+    assert "(once)" in said
 
 
 def test_compiled_programs_survive_a_restart() -> None:

@@ -29,12 +29,13 @@ class Draw:
         pictures = autoencoder.to_input(torch.from_numpy(known.pixels))
         latents, prompts = [], []
         for caption, picture in zip(known.captions, pictures, strict=True):
-            for motion in clips.MOTIONS:
-                if clips.split_of(caption, motion) == "train":
-                    frames = clips.clip(picture, motion).to(vae.device)
-                    with torch.no_grad():
-                        latents.append(vae.encode(frames).latent_dist.mode().half().transpose(0, 1))
-                    prompts.append(clips.prompt(caption, motion))
+            motions = [motion for motion in clips.MOTIONS if clips.split_of(caption, motion) == "train"]
+            if motions:
+                frames = torch.cat([clips.clip(picture, motion) for motion in motions]).to(vae.device)
+                with torch.no_grad():
+                    encoded = vae.encode(frames).latent_dist.mode().half()
+                latents += encoded.unflatten(0, (-1, clips.FRAMES)).transpose(1, 2)
+                prompts += [clips.prompt(caption, motion) for motion in motions]
         self.latents = torch.stack(latents) * vae.config["scaling_factor"]
         self.tokens = encoder.encode(prompts).last_hidden_state.to(vae.device)
         self.batch = batch
