@@ -49,6 +49,9 @@ class Draw:
         return self.latents[rows].float(), self.tokens[rows] * kept[:, None, None]
 
 
+EARLY = 0.4  # of the draws
+
+
 def build() -> WanTransformer3DModel:
     model = WanTransformer3DModel(
         patch_size=(1, 2, 2),
@@ -72,8 +75,10 @@ def build() -> WanTransformer3DModel:
 def flow_loss(model: nn.Module, clean: Tensor, tokens: Tensor) -> Tensor:
     """Rectified flow: squared error of the velocity at a random point of the straight line from clip to noise."""
     noise = torch.randn_like(clean)
-    # where to and how fast is decided early, in much noise
     sigma = torch.sigmoid(torch.randn(len(clean), device=clean.device) + 0.5)
+    # which way it goes is decided in almost pure noise; with less, the clip itself tells, and the words go unread
+    early = 1 - 0.1 * torch.rand_like(sigma).square()
+    sigma = torch.where(torch.rand_like(sigma) < EARLY, early, sigma)
     noisy = torch.lerp(clean, noise, sigma[:, None, None, None, None])
     velocity = model(noisy, timestep=1000 * sigma, encoder_hidden_states=tokens, return_dict=False)[0]
     return (velocity - (noise - clean)).square().mean()
