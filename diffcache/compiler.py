@@ -237,7 +237,7 @@ def _candidates(calibration: Calibration, effort: _Effort, options: RunOptions) 
             "computes all steps. Ask for less quality, or pass budget=diffcache.Exact() if only exact passes are "
             "wanted."
         )
-    graph = graph_fingerprint(calibration.captured.graph_module.graph)
+    graph = graph_fingerprint(calibration.graph)
     return [replace(schedule, clock=record.clock, fingerprint=graph) for schedule in found]
 
 
@@ -353,7 +353,7 @@ def _report(
     if schedule.rows and all(any(s.name == row.site for s in record.sites) for row in schedule.rows):
         predicted = max(searching.predicted_error(record, schedule), 0.0) ** 0.5
     names = tuple(row.site for row in schedule.rows)
-    programs = [p for (_, sites), p in chosen._programs.items() if sites == names and len(p.sites) == len(names)]
+    programs = [p for (_, sites, _), p in chosen._programs.items() if sites == names and len(p.sites) == len(names)]
     counts = programs[0].counts(schedule)
     times = []
     for denoiser in (calibration.captured.denoiser, chosen):

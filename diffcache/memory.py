@@ -57,6 +57,7 @@ def plan_memory(
     device, host = [], []
     for step in range(schedule.steps):
         waiting = {site: len(steps) for site, steps in schedule.live_after(step - 1).items()} if step else {}
+        waiting |= {row.site: min(step, row.keeps) for row in schedule.rows if row.last_online >= step}
         written = schedule.writes(step)
         reads = {row.site: n for row, n in zip(schedule.rows, schedule.structure(step).reads, strict=True)}
         held = {site: waiting.get(site, 0) + (site in written) for site in entries}
@@ -100,6 +101,11 @@ def in_words(size: int) -> str:
         if size >= scale:
             return f"{size / scale:.1f} {unit}"
     return f"{size} B"
+
+
+def in_full(kept: Kept) -> torch.Tensor:
+    """The value again of what history keeps; of a small one up to its rounding."""
+    return kept[0].to(torch.float32) * kept[1] if isinstance(kept, tuple) else kept
 
 
 Kept = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # a value, or a small one and its scale

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 Predictor = Callable[..., list[float]]
 
 PREDICTORS: dict[str, Predictor] = {}
+FROM_VALUES: dict[str, Callable[..., object]] = {}
 
 
 def predictor(name: str) -> Callable[[Predictor], Predictor]:

@@ -10,13 +10,13 @@ import contextlib
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 
 from diffcache import gram
 from diffcache.call_pattern import CallPattern, LoggedCall, find_pattern, log_call
@@ -55,6 +55,7 @@ class Calibration:
     profile: Profile
     references: list[torch.Tensor] = field(repr=False)
     finder: SiteFinder = field(repr=False)
+    graph: fx.Graph = field(repr=False)  # of the first call; later ones may have other shapes
     searchable: tuple[str, ...] = ()
 
     def cached(self, schedule: Schedule, **options: Any) -> CachedDenoiser:
@@ -65,7 +66,7 @@ class Calibration:
     def memory(self, schedule: Schedule, options: RunOptions) -> MemoryPlan:
         """What history of a schedule costs at the calibrated shapes."""
         sites = [self.sites[row.site] for row in schedule.rows]
-        sizes = entry_bytes(self.captured.graph_module.graph, sites, options.small)
+        sizes = entry_bytes(self.graph, sites, options.small)
         return plan_memory(schedule, sizes, streams=self.pattern.streams, offload=options.offload_history)
 
 
@@ -87,6 +88,10 @@ class SiteFinder:
     def __call__(self, variant: Variant, bound: Bound, names: Sequence[str]) -> Sequence[Site]:
         sites = {site.name: site for site in self.all(variant, bound)[1]}
         return [sites[name] for name in names if name in sites]
+
+    def flops(self, variant: Variant, bound: Bound) -> Mapping[str, float]:
+        """FLOPs of every node."""
+        return self.all(variant, bound)[0].flops
 
 
 class _Observer(nn.Module):
@@ -228,7 +233,8 @@ def calibrate(
             )
     profile = _profile(observer, pattern, generations, sketches)
     sites = {site.name: site for site in observer.sites if site.name in observer.everywhere}
-    calibration = Calibration(name, captured, pattern, sites, profile, references, finder)
+    graph = captured.variants[0].graph_module.graph
+    calibration = Calibration(name, captured, pattern, sites, profile, references, finder, graph)
     return measure_sensitivity(calibration, generate, sensitivity_prompts, report)
 
 
