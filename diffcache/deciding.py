@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffcache import predictors
 from diffcache.cells import COMPUTE, Action, Cell, Forecast, Online, character
+from diffcache.forecasting import forecast
 from diffcache.gates import Gate, Moment, make_gate
 from diffcache.gates.base import Numbers
 from diffcache.host_reads import HostRead
@@ -106,21 +107,6 @@ class Deciding:
         if not self._possible(row) or (gate is not None and not self._follows[gate]):
             return COMPUTE
         return cell if isinstance(cell, Forecast) else forecast(cell, self.made[row], self.step, self.schedule.clock)
-
-
-def forecast(cell: Online, made: Sequence[int], step: int, clock: Sequence[float]) -> Forecast:
-    """An online cell as a forecast from the newest of the computed steps ``made``.
-
-    Of a rule that makes its weights from values only which steps it reads is known here: all weights are one.
-    """
-    history = tuple(made[: cell.history])
-    if cell.predictor in predictors.FROM_VALUES:
-        return Forecast(history, (1.0,) * len(history))
-    times = [clock[made_at] for made_at in history] if cell.timed else list(history)
-    found = predictors.weights(cell.predictor, times, clock[step] if cell.timed else step, **cell.options)
-    # a zero weight would keep a tensor alive that adds nothing
-    used = [(at, weight) for at, weight in zip(history, found, strict=False) if weight != 0.0]
-    return Forecast(tuple(at for at, _ in used), tuple(weight for _, weight in used))
 
 
 def _numbers(found: Tensor) -> Numbers:
