@@ -16,8 +16,9 @@ PACKAGES = {"diffcache": ROOT / "diffcache", "diffcache.passes": ROOT / "passes"
 LAYERS = [
     {"schedule"},
     {"kernels"},
-    {"ops", "predictors", "gates", "budget", "liveness", "progress", "report"},
-    {"gram", "gap_costs", "profile_record"},
+    {"gram", "published_tables"},
+    {"ops", "predictors", "gates", "budget", "liveness", "progress", "report", "when", "direct_search"},
+    {"gap_costs", "profile_record", "planners"},
     {"searching", "recipes"},
     {"tracing"},
     {"graphs", "flow", "blocks", "cuts", "cost", "sites", "call_pattern", "fingerprint"},
