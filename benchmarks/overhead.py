@@ -22,9 +22,9 @@ from diffusers import FluxTransformer2DModel
 
 import diffcache
 from diffcache import recipes
-from diffcache.compiler import site_choices
 from diffcache.graphs import count_ops
 from diffcache.liveness import live_nodes
+from diffcache.planning import plan_of
 from diffcache.programs import Programs
 from diffcache.schedule import GateSpec
 
@@ -163,9 +163,7 @@ def operations(gated: bool, device: str, depth: tuple[int, int] = (19, 38)) -> t
     model, sample = flux(*depth, dim, device), sampler(dim, tokens, 8, device)
     calibration = diffcache.profile(model, [0], sample=sample, verbose=False, sensitivity_prompts=0)
     site = next(s for s in calibration.sites.values() if s.role == "stack0")
-    schedule = recipes.uniform(interval=2, site=site.name, predictor="taylor", order=2).schedule(
-        STEPS, site_choices(calibration)
-    )
+    schedule = recipes.uniform(interval=2, site=site.name, predictor="taylor", order=2).schedule(plan_of(calibration))
     if gated:
         gate = GateSpec("accumulated_change", {"budget": 1e9})
         schedule = replace(schedule, rows=tuple(replace(row, gate=gate) for row in schedule.rows))

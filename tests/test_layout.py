@@ -35,6 +35,8 @@ LAYERS = [
     {"profiling"},
     {"integrations"},
     {"saving", "targets"},
+    {"planning"},
+    {"judging"},
     {"compiler"},
     {"__init__", "cli", "__main__"},
 ]

@@ -30,9 +30,8 @@ class Plan:
     """A denoiser as recipes see it.
 
     ``steps`` and the sampler's times ``clock``; ``sites`` that need no name to be found. What only a calibration has is
-    there when ``diffcache.compile`` makes the plan: the ``profile``; ``find(names)``, sites made on request;
-    ``measure(names, how, gaps, raw)``, numbers from uncached generations (see ``diffcache.measuring``); ``error(schedule)``,
-    the relative L2 error of the result under a schedule.
+    there when ``diffcache.compile`` makes the plan: the ``profile``, sites made on request (``site``), numbers from
+    uncached generations (``measure``), and the error of the result under a schedule (``error``).
     """
 
     steps: int

@@ -23,7 +23,10 @@ def uniform(
     site: str = "stack",
     options: Mapping[str, Any] | None = None,
 ) -> Recipe:
-    """Compute the first ``start`` steps, then every ``interval``-th: ``s < start`` or ``(s - start + 1) mod interval == 0``."""
+    """Compute the first ``start`` steps, then every ``interval``-th.
+
+    That is ``s < start`` or ``(s - start + 1) mod interval == 0``.
+    """
     if interval < 1 or start < 1:
         raise ValueError(f"uniform needs interval >= 1 and start >= 1, got {interval} and {start}")
 
