@@ -165,7 +165,7 @@ def operations(gated: bool, device: str, depth: tuple[int, int] = (19, 38)) -> t
     site = next(s for s in calibration.sites.values() if s.role == "stack0")
     schedule = recipes.uniform(interval=2, site=site.name, predictor="taylor", order=2).schedule(plan_of(calibration))
     if gated:
-        gate = GateSpec("accumulated_change", {"budget": 1e9})
+        gate = GateSpec("accumulated_change", {"threshold": 1e9})
         schedule = replace(schedule, rows=tuple(replace(row, gate=gate) for row in schedule.rows))
     fast = calibration.cached(schedule)
     sample(fast, 3)
