@@ -66,7 +66,7 @@ class Polynomial(Accumulating):
         self.coefficients = tuple(coefficients)
 
     def gain(self, moment: Moment, numbers: Numbers) -> Numbers:
-        return np.polyval(self.coefficients, numbers[:, 0])
+        return np.asarray(np.polyval(self.coefficients, numbers[:, 0]))
 
 
 @gate("spectral")
@@ -93,7 +93,7 @@ class Spectral(Accumulating):
         return super().look(self._filtered(new, moment), moment)
 
     def _filtered(self, value: Tensor, moment: Moment) -> Tensor:
-        """``value`` [samples, tokens, channels] filtered over its tokens; pictures [samples, channels, ...] over all else."""
+        """A value [samples, tokens, channels] filtered over its tokens, a picture over all but its channels."""
         wide = value.float()
         tokens_last = wide.movedim(1, -1) if wide.ndim == 3 else wide
         if self.grid and tokens_last.ndim == 3:
@@ -101,7 +101,7 @@ class Spectral(Accumulating):
         axes = tuple(range(2, tokens_last.ndim))
         spectrum = torch.fft.fftn(tokens_last, dim=axes)
         frequencies = [torch.fft.fftfreq(tokens_last.shape[axis], device=value.device) for axis in axes]
-        radius = sum(f.square() for f in torch.meshgrid(*frequencies, indexing="ij")).sqrt()
+        radius = torch.stack(torch.meshgrid(*frequencies, indexing="ij")).norm(dim=0)
         lowest = 1.0 / max(tokens_last.shape[axis] for axis in axes)
         signal = radius.clamp_min(lowest) ** -self.power
         sigma = _noise_level(moment)

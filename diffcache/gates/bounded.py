@@ -14,7 +14,7 @@ from diffcache.gates.base import Decision, Gate, Moment, Numbers, gate
 
 @gate("change")
 class Change(Gate):
-    """FBCache (2024) and DBCache (2025): relative L1 change of the probe since the last computed step, ``d < threshold``.
+    """FBCache (2024) and DBCache (2025): relative L1 change of the probe since the last computed step.
 
     On the residual of the first block or blocks; DBPrune uses it on the input of every block. ``max_since`` bounds the
     forecasts in a row, ``max_forecasts`` those of a generation, ``max_total`` the changes added up over a row of them.
@@ -84,7 +84,7 @@ class Sensitivity(Gate):
 class ThirdDifference(Gate):
     """AdaptiveDiffusion (2024): follow while the latent moves evenly.
 
-    With ``d_s = |z_s - z_{s-1}|_2``: ``|(d_s + d_{s-2}) / 2 - d_{s-1}| <= theta d_{s-1}``, at most ``max_since`` in a row.
+    With ``d_s = |z_s - z_{s-1}|_2``: ``|(d_s + d_{s-2}) / 2 - d_{s-1}| <= theta d_{s-1}``.
     """
 
     _distances: tuple[Tensor, ...] = ()
@@ -107,7 +107,7 @@ class ThirdDifference(Gate):
 
 @gate("linear")
 class Linear(Gate):
-    """LazyDiT (2024): ``sigmoid(mean over tokens of w z + bias) > 1/2`` of a module's input z, w fitted in calibration."""
+    """LazyDiT (2024): ``sigmoid(mean over tokens of w z + bias) > 1/2``, z a module's input, w fitted in calibration."""
 
     def __init__(self, *, weights: Sequence[float], bias: float, probe: str):
         self.weights, self.bias, self.probe = tuple(weights), bias, probe
