@@ -18,7 +18,7 @@ LAYERS = [
     {"kernels"},
     {"gram", "published_tables"},
     {"ops", "predictors", "gates", "budget", "liveness", "progress", "report", "when", "direct_search"},
-    {"gap_costs", "profile_record", "planners"},
+    {"gap_costs", "profile_record", "planning_tables", "planners"},
     {"searching", "recipes"},
     {"tracing"},
     {"graphs", "flow", "blocks", "cuts", "cost", "sites", "call_pattern", "fingerprint"},
