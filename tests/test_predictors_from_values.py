@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffcache.ops import extrapolate, extrapolate_reference
-from diffcache.predictors import FROM_VALUES, from_values, modal, weights, weights_from_values
-from diffcache.predictors.from_values import decomposed
+from diffcache.predictors import FROM_VALUES, modal, weights, weights_from_values
+from diffcache.predictors.from_values import decomposed, from_values
 
 STEPS = [12.0, 9.0, 6.0, 3.0, 0.0]
 TARGET = 13.5
