@@ -19,7 +19,7 @@ LAYERS = [
     {"kernels"},
     {"gram", "published_tables"},
     {"ops", "predictors", "host_reads", "budget", "liveness", "progress", "report", "when", "direct_search"},
-    {"gates", "gap_costs", "profile_record", "planners", "forecasting"},
+    {"gates", "gap_costs", "profile_record", "planning_tables", "planners", "forecasting"},
     {"searching", "recipes"},
     {"tracing"},
     {"graphs", "flow", "blocks", "cuts", "cost", "sites", "call_pattern", "fingerprint"},

@@ -107,7 +107,7 @@ class ThirdDifference(Gate):
 
 @gate("linear")
 class Linear(Gate):
-    """LazyDiT (2024): ``sigmoid(mean over tokens of w z + bias) > 1/2``, z a module's input, w fitted in calibration."""
+    """LazyDiT (2024): ``sigmoid(mean over tokens of w z + bias) > 1/2``, z a module's input, w fitted to it."""
 
     def __init__(self, *, weights: Sequence[float], bias: float, probe: str):
         self.weights, self.bias, self.probe = tuple(weights), bias, probe

@@ -14,7 +14,7 @@ from diffcache.ops import relative_change
 
 
 class Watching(Gate):
-    """Keeps what its rows computed last; the next computed step gives a number for each of them, ``[samples, rows]``."""
+    """Keeps what its rows computed last; the next computed step gives a number for each, ``[samples, rows]``."""
 
     probe = ""
     watch = "rows"

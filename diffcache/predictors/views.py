@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from diffcache import ops
+from diffcache.predictors.from_values import constant
 
 Projection = Callable[..., Tensor]
 
@@ -58,8 +59,8 @@ def forecast_through(
     more = [a - b for a, b in zip(_filled(ops.difference_form(inside), count), base, strict=True)]
     device, values = history[0].device, list(history[:count])
     dtype = torch.float64 if history[0].dtype == torch.float64 else torch.float32
-    added = project(ops.extrapolate(None, values, torch.tensor(more, dtype=dtype, device=device), None, dtype))
-    whole = ops.extrapolate(anchor, values, torch.tensor(base, dtype=dtype, device=device), None, dtype)
+    added = project(ops.extrapolate(None, values, constant(more, dtype, device), None, dtype))
+    whole = ops.extrapolate(anchor, values, constant(base, dtype, device), None, dtype)
     return (whole + added).to(history[0].dtype)
 
 
