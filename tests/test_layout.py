@@ -35,6 +35,7 @@ LAYERS = [
     {"profiling"},
     {"integrations"},
     {"saving", "targets"},
+    {"measuring"},
     {"planning"},
     {"judging"},
     {"compiler"},
