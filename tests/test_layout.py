@@ -17,7 +17,7 @@ LAYERS = [
     {"cells"},
     {"schedule"},
     {"kernels"},
-    {"gram", "published_tables"},
+    {"gram", "published_tables", "published_coefficients"},
     {"ops", "predictors", "host_reads", "budget", "liveness", "progress", "report", "when", "direct_search"},
     {"gates", "gap_costs", "profile_record", "planning_tables", "planners", "forecasting"},
     {"searching", "recipes"},

@@ -80,6 +80,7 @@ class Predict:
     history: int | None = None
     timed: bool = False
     fitted: bool = False
+    probe: str = ""
 
     def online(self) -> Online:
         most = self.history or int(self.options.get("order", 0 if self.name == "reuse" else 2)) + 1
