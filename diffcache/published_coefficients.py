@@ -1,4 +1,4 @@
-"""TeaCache's published polynomials, highest power first, by what they were fitted on (their repository, 2024 and 2025)."""
+"""TeaCache's published polynomials, highest power first, by what they were fitted on (2024, 2025)."""
 
 COEFFICIENTS: dict[str, tuple[float, ...]] = {
     "flux": (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861),

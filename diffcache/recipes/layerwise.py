@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -51,7 +51,7 @@ def adacache() -> Recipe:
 
 @method("FBCache, first-block cache", 2024, "layer-adaptive", "ParaAttention", "FLUX 1.55x")
 def fbcache(threshold: float = 0.08, warm_up: int = 1) -> Recipe:
-    """The blocks after the first are reused while its residual changes by less than a threshold since they were computed."""
+    """The blocks after the first are reused while its residual has changed by less than a threshold."""
     return dbcache(front=1, back=0, threshold=threshold, warm_up=warm_up)
 
 
@@ -65,7 +65,7 @@ def dbcache(
     max_cached: int = 0,
     order: int = 0,
 ) -> Recipe:
-    """The blocks between the first ``front`` and the last ``back`` are forecast while the front residual changes little.
+    """The blocks between the first ``front`` and last ``back`` are forecast while the front residual changes little.
 
     ``order`` 1 and more forecasts by TaylorSeer in place of reuse.
     """
@@ -104,12 +104,12 @@ def foresight(warm_up: float = 0.15, interval: int = 2, gamma: float = 0.5) -> R
 
 @method("BWCache", 2025, "layer-adaptive", "arXiv 2509.13789", "Wan 2.0x PSNR 25.9, Hunyuan 2.6x")
 def bwcache(threshold: float = 0.15, hold: float = 0.1) -> Recipe:
-    """All blocks are reused for ``hold`` of the steps when their mean change is below a threshold; the end is computed."""
+    """All blocks are reused for ``hold`` of the steps when their mean change is below a threshold."""
 
     def gate(plan: Plan, site: SiteChoice) -> GateSpec:
         return GateSpec("block_change", {"threshold": threshold, "hold": max(1, round(hold * plan.steps))})
 
-    def ends(plan: Plan, site: SiteChoice) -> Sequence[int]:
+    def ends(plan: Plan, site: SiteChoice) -> Collection[int]:
         return forced(2, max(1, round(hold * plan.steps / 2)))(plan, site)
 
     return Recipe(parts=(Part(sites=if_any(every_one("block")), when=ends, gate=gate),))
@@ -136,7 +136,7 @@ def _routed(share: float, sensitive: bool) -> Recipe:
         assert plan.profile is not None
         sites = list(modules()(plan))
         records = [plan.profile.site(other.name) for other in sites]
-        weights = [record.sensitivity for record in records] if sensitive else None
+        weights = [list(record.sensitivity) for record in records] if sensitive else None
         errors = planning_tables.step_errors([record.gram for record in records], weights)
         mask = planners.routers(errors, [record.flops_saved for record in records], share=share)
         return [step for step, reused in enumerate(mask[sites.index(site)]) if not reused]

@@ -54,7 +54,7 @@ def cem(share: float = 0.3, site: str = "stack", order: int = 1) -> Recipe:
 
 @method("DPCache", 2026, "hybrid", "arXiv 2602.22654", "FLUX 3.54x ImageReward 1.007")
 def dpcache(share: float = 0.3, site: str = "stack", order: int = 1, first: int = 3) -> Recipe:
-    """Dynamic programming over the forecast errors of every gap, whose cost depends on the computed step before it too."""
+    """Dynamic programming over forecast errors; a gap's cost depends on the computed step before it too."""
 
     def plan_it(plan: Plan, record: SiteProfile, count: int) -> Sequence[int]:
         costs = planning_tables.forecast_costs(record.gram, "taylor", order=order)
@@ -67,19 +67,19 @@ def dpcache(share: float = 0.3, site: str = "stack", order: int = 1, first: int 
 def lemica(share: float = 0.4, site: str = "stack") -> Recipe:
     """The path whose worst gap is least bad, then its second worst.
 
-    A gap costs the error of the values reused in it, weighed by what calibration found an error at each step to do to the
-    result; the paper runs a generation for every gap instead.
+    A gap costs the error of the values reused in it, weighed by what an error at each step does to the result; the
+    paper runs a generation for every gap instead.
     """
 
     def plan_it(plan: Plan, record: SiteProfile, count: int) -> Sequence[int]:
-        return planners.lemica(planning_tables.reuse_costs(record.gram, record.sensitivity), computed=count)
+        return planners.lemica(planning_tables.reuse_costs(record.gram, list(record.sensitivity)), computed=count)
 
     return _planned(plan_it, share, site, Predict())
 
 
 @method("CacheQuant", 2025, "static", "arXiv 2503.01323", "SD 5.18x with weights of a quarter")
 def cachequant(share: float = 0.4, site: str = "stack") -> Recipe:
-    """Steps grouped so that the squared error within groups is least. Quantisation and its affine correction are left out."""
+    """Steps grouped so that the squared error within groups is least. The part about quantisation is left out."""
 
     def plan_it(plan: Plan, record: SiteProfile, count: int) -> Sequence[int]:
         return planners.shortest_path(planning_tables.reuse_costs(record.gram), computed=count)
@@ -89,12 +89,12 @@ def cachequant(share: float = 0.4, site: str = "stack") -> Recipe:
 
 @method("OmniCache", 2025, "hybrid", "arXiv 2508.16212", "2 to 2.5x on Open-Sora, Latte")
 def omnicache(share: float = 0.45, site: str = "stack") -> Recipe:
-    """Compute where the sampling path bends most, measured on the output. The filter of cache noise is not published."""
+    """Compute where the sampling path bends most, seen in the output. Its noise filter is not published."""
 
     def plan_it(plan: Plan, record: SiteProfile, count: int) -> Sequence[int]:
         assert plan.profile is not None
         output = plan.profile.site(one("output")(plan)[0].name)
-        return planners.omni_cache(planning_tables.path_curvature(output.gram), computed=count)
+        return planners.omni_cache(list(planning_tables.path_curvature(output.gram)), computed=count)
 
     return _planned(plan_it, share, site, Predict())
 
@@ -120,7 +120,7 @@ def ertacache(limit: float = 0.1, max_skips: int = 3, site: str = "stack") -> Re
     return Recipe(parts=(Part(sites=one(site), when=computed),))
 
 
-# -- by trying them out -------------------------------------------------------------------------------------------------
+# -- by trying them out ----------------------------------------------------------------------------------------------
 
 
 def _tried(search: Callable[..., Any], share: float, site: str, predictor: Predict, **options: Any) -> Recipe:
@@ -162,10 +162,10 @@ def ecad(share: float = 0.4, site: str = "stack", population: int = 8, generatio
 
 @method("ProCache", 2025, "static", "arXiv 2512.17298", "DiT 2.90x FID 2.96")
 def procache(share: float = 0.4, site: str = "stack", count: int = 5) -> Recipe:
-    """The best of a few random patterns whose gaps never grow. Its selective tokens are those of ``toca`` and ``duca``."""
+    """The best of a few random patterns whose gaps never grow. Its selective tokens are those of ``duca``."""
 
     def sampled(loss: Callable[[Sequence[int]], float], steps: int, computed: int) -> Sequence[int]:
-        patterns = direct_search.sample_patterns(steps, computed, count=count)
+        patterns = direct_search.sample_patterns(steps, computed=computed, count=count)
         return min(patterns, key=lambda pattern: loss(tuple(pattern)))
 
     return _tried(sampled, share, site, Predict())
@@ -176,7 +176,7 @@ def otcache(share: float = 0.3, site: str = "stack", most: float = 0.6, least: f
     """Between a plan for a large budget and one for a tiny one: computed steps interpolated as quantiles."""
 
     def plan_it(plan: Plan, record: SiteProfile, count: int) -> Sequence[int]:
-        costs = planning_tables.reuse_costs(record.gram, record.sensitivity)
+        costs = planning_tables.reuse_costs(record.gram, list(record.sensitivity))
         large = planners.shortest_path(costs, computed=max(count, count_of(plan, most)))
         tiny = planners.shortest_path(costs, computed=min(count, count_of(plan, least)))
         return direct_search.interpolate(large, tiny, count, plan.steps)

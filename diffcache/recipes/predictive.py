@@ -90,8 +90,8 @@ def l2p(interval: int = 5, warm_up: int = 3, history: int = 6) -> Recipe:
 def scalingcache(warm_up: int = 14, scale: float = 1.0, interval: int = 0) -> Recipe:
     """``y_0 + alpha_s k (y_0 - y_1) / n`` with alpha fitted in calibration for every step and module.
 
-    The steps are ``interval``-spaced after the warm-up; 0 takes the gate that adds up the modules' changes, and then the
-    slope is TaylorSeer's, since alpha depends on which steps were computed.
+    The steps are ``interval``-spaced after the warm-up; 0 takes the gate that adds up the modules' changes, and then
+    the slope is TaylorSeer's, since alpha depends on which steps were computed.
     """
     if interval:
         return _every(interval, warm_up, Predict("scaling", history=2, fitted=True))

@@ -40,8 +40,8 @@ def deepcache(interval: int = 3, branch: int = 0, centre: int | None = None, pow
 def faster_diffusion() -> Recipe:
     """Keep the encoder of a U-Net (all skips and what the middle hands up) between fixed key steps.
 
-    Key steps of 50: 0, 1, 2, 3, 5, 10, 15, 25, 35. The parallel decoding of several steps and the injected noise are the
-    sampler's and left out.
+    Key steps of 50: 0, 1, 2, 3, 5, 10, 15, 25, 35. The parallel decoding of several steps and the injected noise are
+    the sampler's and left out.
     """
     return Recipe(parts=(Part(sites=requested("encoder", "stack"), when=at("table", name="fasterdiffusion")),))
 
@@ -54,7 +54,7 @@ def fora(interval: int = 3) -> Recipe:
 
 @method("Delta-DiT", 2024, "static", "arXiv 2406.01125", "PixArt 1.6x in 20 steps")
 def delta_dit(interval: int = 2, boundary: float = 0.5, share: float = 0.5) -> Recipe:
-    """Keep what a range of blocks adds: the rear ``share`` of them until ``boundary`` of the steps, then the front one."""
+    """Keep what a range of blocks adds: the rear ``share`` until ``boundary`` of the steps, then the front."""
 
     def early(plan: Plan, site: SiteChoice) -> Sequence[int]:
         edge = round(boundary * plan.steps)
@@ -122,7 +122,7 @@ def smoothcache(threshold: float = 0.15, longest: int = 3) -> Recipe:
 
 @method("BlockDance", 2025, "static", "arXiv 2503.15927", "25 to 50 % faster")
 def blockdance(interval: int = 2, start: float = 0.4, end: float = 0.95, share: float = 0.5) -> Recipe:
-    """Keep the stream behind the shallow ``share`` of the blocks and run only the deeper ones, in the middle of a run."""
+    """Keep the stream behind the shallow ``share`` of the blocks and run only the deeper ones."""
 
     def pick(plan: Plan) -> Sequence[SiteChoice]:
         blocks = max((site.blocks for site in plan.sites), default=0)
@@ -134,7 +134,7 @@ def blockdance(interval: int = 2, start: float = 0.4, end: float = 0.95, share: 
 
 @method("FRDiff", 2023, "static", "arXiv 2312.03517", "1.76x")
 def frdiff(interval: int = 2) -> Recipe:
-    """Residual blocks keep their features for ``interval`` steps. Its mixing with a skipped step's score is left out."""
+    """Residual blocks keep their features for ``interval`` steps. The mixing of scores is left out."""
     return Recipe(parts=(Part(sites=if_any(every_one("block")), when=at("every", interval=interval)),))
 
 
@@ -142,7 +142,7 @@ def frdiff(interval: int = 2) -> Recipe:
 def step_mask(
     bits: Sequence[int] | None = None, speed: str = "medium", front: int = 1, back: int = 0, order: int = 0
 ) -> Recipe:
-    """Compute where the mask says 1 (or a preset: "slow", "medium", "fast", "ultra"); the blocks between are forecast."""
+    """Compute where the mask, or a preset ("slow", "medium", "fast", "ultra"), says so; else forecast."""
     computed = at("preset", speed=speed) if bits is None else at("mask", bits=tuple(bits))
     predictor = Predict("taylor", {"order": order}) if order else Predict()
     return Recipe(parts=(Part(sites=between(front, -back or None), when=computed, predictor=predictor),))

@@ -25,9 +25,9 @@ def teacache(
 ) -> Recipe:
     """The stack's residual is reused while ``sum p(d) < threshold``.
 
-    d is the relative L1 change of the first block's modulated input since the step before, p a polynomial of degree 4 that
-    maps it to the change of the stack's output. Calibration fits p to this denoiser; a name takes a published one (see
-    ``published_coefficients``). The first and the last step are computed.
+    d is the relative L1 change of the first block's modulated input since the step before, p a polynomial of degree 4
+    that maps it to the change of the stack's output. Calibration fits p to this denoiser; a name takes a published one
+    (see ``published_coefficients``). The first and the last step are computed.
     """
 
     def gate(plan: Plan, site: SiteChoice) -> GateSpec:
@@ -53,8 +53,8 @@ def magcache(
     """The stack's residual is reused while the product of its magnitude ratios stays near one.
 
     ``rho *= gamma_s, E += |1 - rho|``, reuse while ``E <= threshold`` for at most ``max_skips`` steps, after the first
-    ``retention`` of them. ``gamma_s`` is the mean over tokens of ``|r_s| / |r_{s-1}|``, measured in calibration. Nothing
-    is left to decide at run time.
+    ``retention`` of them. ``gamma_s`` is the mean over tokens of ``|r_s| / |r_{s-1}|``, measured in calibration.
+    Nothing is left to decide at run time.
     """
 
     def computed(plan: Plan, site: SiteChoice) -> Sequence[int]:
@@ -98,7 +98,7 @@ def adaptive_diffusion(theta: float = 0.01, max_skips: int = 4) -> Recipe:
 def dicache(threshold: float = 0.2, probe_depth: int = 1, retention: float = 0.2, high: float = 1.5) -> Recipe:
     """Run the first blocks; while their change adds up to less than a threshold, follow the trend that they show.
 
-    ``r = r_1 + gamma (r_0 - r_1)`` with ``gamma = clip(|p - p_1| / |p_0 - p_1|, 1, high)``, p the first blocks' residual.
+    ``r = r_1 + gamma (r_0 - r_1)``, ``gamma = clip(|p - p_1| / |p_0 - p_1|, 1, high)``, p the first blocks' residual.
     """
     probe = f"blocks[:{probe_depth}]"
     gate = GateSpec("accumulated_change", {"threshold": threshold, "probe": probe})
@@ -112,5 +112,5 @@ def dicache(threshold: float = 0.2, probe_depth: int = 1, retention: float = 0.2
 
 @method("FastCache", 2025, "timestep-adaptive", "arXiv 2505.20353")
 def fastcache(scale: float = 0.01) -> Recipe:
-    """The stack is reused while its input's squared change passes a chi-square test. Its learned linear map is left out."""
+    """The stack is reused while its input's squared change passes a chi-square test. The learned map is left out."""
     return Recipe(parts=(Part(sites=one("stack"), gate=GateSpec("chi_square", {"scale": scale})),))
