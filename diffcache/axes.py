@@ -36,9 +36,7 @@ def latent_axes(flow: Flow) -> dict[fx.Node, Axes]:
     spec = flow.spec(flow.latent) if flow.latent is not None else None
     if flow.latent is None or spec is None:
         return {}
-    known: dict[fx.Node, Axes] = {
-        flow.latent: tuple(_axis(frozenset((i,)), size) for i, size in enumerate(spec.shape))
-    }
+    known: dict[fx.Node, Axes] = {flow.latent: tuple(_axis(frozenset((i,)), size) for i, size in enumerate(spec.shape))}
     for node in flow.order[flow.index[flow.latent] + 1 :]:
         if node in flow.from_latent and node.op.startswith("call_"):
             axes = _follow(flow, node, known)

@@ -7,12 +7,13 @@ others like it, whose outputs have the shapes of inputs of its own.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx, nn
 
 from diffcache.attention_kinds import attends
+from diffcache.axes import Axes, same_order
 from diffcache.flow import Candidate, Flow
 from diffcache.tracing.spec import TensorSpec
 
@@ -119,7 +120,7 @@ def trunk(flow: Flow, blocks: Sequence[Block]) -> list[Block]:
     return run if flops >= _STACK_SHARE * sum(flow.flops.get(node.name, 0.0) for node in flow.from_latent) else []
 
 
-def stack_candidates(flow: Flow, run: Sequence[Block]) -> Iterator[Candidate]:
+def stack_candidates(flow: Flow, run: Sequence[Block], axes: Mapping[fx.Node, Axes]) -> Iterator[Candidate]:
     """The whole run as one site, on the residual after its first block, its input, or its second block."""
     if not run:
         return
@@ -129,29 +130,30 @@ def stack_candidates(flow: Flow, run: Sequence[Block]) -> Iterator[Candidate]:
         boundaries["stack2"] = (2, run[1].outputs)
     blocks_flops = sum(flow.call_flops[block.call] for block in run)
     for role, (first, boundary) in boundaries.items():
-        values, anchors = stack_cut(flow, run, boundary)
+        values, anchors = stack_cut(flow, run, boundary, axes)
         if role == "stack" and (not values or flow.saved(values, anchors) < _STACK_SAVES * blocks_flops):
             return  # no cut behind the run: its blocks' values leave it in other ways, too
         if role == "stack" or None not in anchors:
             yield Candidate(role, f"{role}:{name}", values, anchors, path, run[first].call)
 
 
-def stack_cut(flow: Flow, run: Sequence[Block], boundary: Sequence[fx.Node]
-              ) -> tuple[tuple[fx.Node, ...], tuple[fx.Node | None, ...]]:  # fmt: skip
+def stack_cut(
+    flow: Flow, run: Sequence[Block], boundary: Sequence[fx.Node], axes: Mapping[fx.Node, Axes]
+) -> tuple[tuple[fx.Node, ...], tuple[fx.Node | None, ...]]:
     """The value behind all blocks that continues a boundary value; several values where no single one is behind all."""
     behind = flow.common_post_dominators([node for block in run for node in block.outputs])
     cuts = [node for node in behind if flow.eligible(node)]
     for value in cuts:
-        anchor = _anchor(flow, value, boundary)
+        anchor = _anchor(flow, value, boundary, axes)
         if anchor is not None:
             return (value,), (anchor,)
     if cuts:
         return (cuts[0],), (None,)
     last = tuple(node for node in run[-1].outputs if flow.eligible(node))[:MAX_VALUES]
-    return last, paired(flow, last, boundary)
+    return last, paired(flow, last, boundary, axes)
 
 
-def _anchor(flow: Flow, value: fx.Node, boundary: Sequence[fx.Node]) -> fx.Node | None:
+def _anchor(flow: Flow, value: fx.Node, boundary: Sequence[fx.Node], axes: Mapping[fx.Node, Axes]) -> fx.Node | None:
     """The boundary value of the same shape; among several, the one whose stream the latent started."""
     fitting = [
         node
@@ -160,6 +162,7 @@ def _anchor(flow: Flow, value: fx.Node, boundary: Sequence[fx.Node]) -> fx.Node 
         and flow.readable(node)
         and flow.alike(node, value)
         and flow.index[node] < flow.index[value]
+        and same_order(axes.get(node), axes.get(value))
     ]
     stream = flow.stream(value) if len(fitting) > 1 else set()
     return max(
@@ -167,8 +170,10 @@ def _anchor(flow: Flow, value: fx.Node, boundary: Sequence[fx.Node]) -> fx.Node 
     )
 
 
-def paired(flow: Flow, values: Sequence[fx.Node], boundary: Sequence[fx.Node]) -> tuple[fx.Node | None, ...]:
-    """One boundary value of the same shape for each value, none twice; streams first, then the order given."""
+def paired(
+    flow: Flow, values: Sequence[fx.Node], boundary: Sequence[fx.Node], axes: Mapping[fx.Node, Axes]
+) -> tuple[fx.Node | None, ...]:
+    """One boundary value of the same shape and order of tokens for each value, none twice; streams first."""
     pairs: dict[fx.Node, fx.Node] = {}
     for by_stream in (True, False):
         for value in values:
@@ -176,7 +181,8 @@ def paired(flow: Flow, values: Sequence[fx.Node], boundary: Sequence[fx.Node]) -
             for node in boundary:
                 fits = flow.readable(node) and flow.alike(node, value) and flow.index[node] < flow.index[value]
                 taken = value in pairs or node in pairs.values() or node in values
-                if fits and not taken and (stream is None or node in stream):
+                ordered = fits and not taken and same_order(axes.get(node), axes.get(value))
+                if ordered and (stream is None or node in stream):
                     pairs[value] = node
     return tuple(pairs.get(value) for value in values)
 
@@ -184,11 +190,11 @@ def paired(flow: Flow, values: Sequence[fx.Node], boundary: Sequence[fx.Node]) -
 # -- single blocks and their children ------------------------------------------------------------------------------
 
 
-def block_candidates(flow: Flow, blocks: Sequence[Block]) -> Iterator[Candidate]:
+def block_candidates(flow: Flow, blocks: Sequence[Block], axes: Mapping[fx.Node, Axes]) -> Iterator[Candidate]:
     """Each block on the residual over its inputs."""
     for block in blocks:
         if 0 < len(block.outputs) <= MAX_VALUES and _cacheable(flow, block.outputs):
-            anchors = paired(flow, block.outputs, varying(flow, block.inputs))
+            anchors = paired(flow, block.outputs, varying(flow, block.inputs), axes)
             path = flow.calls[block.call].path
             yield Candidate("block", f"block:{block.name}", block.outputs, anchors, path, block.call)
 

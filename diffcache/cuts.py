@@ -66,7 +66,7 @@ def deep_candidates(flow: Flow, blocks: Sequence[Block]) -> list[Candidate]:
     found = [
         node
         for node in below
-        if _spans_modules(flow, blocks, below[node], _UNIT_SHARE)
+        if _spans_modules(flow, blocks, below[node])
         and not _within_block(flow, blocks, node, flow.post_dominators[node])
     ]
     names = _makers(flow)
@@ -100,17 +100,28 @@ def skips(flow: Flow, blocks: Sequence[Block]) -> list[Skip]:
     found = {}
     for share in (0.0, _DEEP_SHARE):
         for node, (join, below) in _fed_only(flow, share, CATS if not share else JOINS).items():
-            if _spans_modules(flow, blocks, below, 0.0) and not _within_block(flow, blocks, node, join):
-                inside = {*below, node}
-                found[join] = Skip(join, node, tuple(n for n in flow.inputs[join] if n not in inside))
+            if _works_apart(flow, blocks, below, join) and not _within_block(flow, blocks, node, join):
+                around = tuple(n for n in flow.inputs[join] if _comes_around(flow, n, node))
+                if around:
+                    found[join] = Skip(join, node, around)
         if found:
             break
     return sorted(found.values(), key=lambda skip: -flow.index[skip.join])
 
 
-def _fed_only(
-    flow: Flow, share: float, joins: frozenset[str] = JOINS
-) -> dict[fx.Node, tuple[fx.Node, list[fx.Node]]]:
+def _comes_around(flow: Flow, other: fx.Node, deep: fx.Node) -> bool:
+    """Whether a value was there before the deeper one, but for light work (a filter on the skip), and much lies between.
+
+    A second stream, or another piece of one tensor, comes around nothing.
+    """
+    before, beyond = {other, *flow.ancestors(other)}, {deep, *flow.ancestors(deep)}
+    if other not in flow.from_latent or deep in before:
+        return False
+    own, between = (sum(flow.flops.get(n.name, 0.0) for n in nodes) for nodes in (before - beyond, beyond - before))
+    return own <= _HEAVY_SHARE * flow.total < between
+
+
+def _fed_only(flow: Flow, share: float, joins: frozenset[str] = JOINS) -> dict[fx.Node, tuple[fx.Node, list[fx.Node]]]:
     """Operands of joins off the latent's chain with a share of the FLOPs -> (join, the nodes that feed only them)."""
     above = flow.post_dominators
     children: dict[fx.Node, list[fx.Node]] = {}
@@ -168,8 +179,8 @@ def _subtree(node: fx.Node, children: dict[fx.Node, list[fx.Node]]) -> list[fx.N
     return nodes
 
 
-def _spans_modules(flow: Flow, blocks: Sequence[Block], nodes: Sequence[fx.Node], share: float) -> bool:
-    """Whether these nodes' work lies in more than one block: a branch within one block is no deep feature."""
+def _work(flow: Flow, blocks: Sequence[Block], nodes: Sequence[fx.Node]) -> Counter[int]:
+    """FLOPs of these nodes by the outermost block, or else the innermost module, that they lie in."""
     outer = [block.call for block in blocks if block.outer]
     work: Counter[int] = Counter()
     for node in nodes:
@@ -177,7 +188,17 @@ def _spans_modules(flow: Flow, blocks: Sequence[Block], nodes: Sequence[fx.Node]
         if flops:
             unit = next((call for call in outer if flow.inside(node, call)), None)
             work[flow.module_call(node) if unit is None else unit] += flops  # type: ignore[assignment]
-    return sum(flops >= share * flow.total for flops in work.values()) > 1
+    return work
+
+
+def _spans_modules(flow: Flow, blocks: Sequence[Block], nodes: Sequence[fx.Node]) -> bool:
+    """Whether these nodes' work lies in more than one block: a branch within one block is no deep feature."""
+    return sum(flops >= _UNIT_SHARE * flow.total for flops in _work(flow, blocks, nodes).values()) > 1
+
+
+def _works_apart(flow: Flow, blocks: Sequence[Block], nodes: Sequence[fx.Node], join: fx.Node) -> bool:
+    """Whether some of these nodes' work lies in a block or module that does not hold the join itself."""
+    return any(call >= 0 and not flow.inside(join, call) for call in _work(flow, blocks, nodes))
 
 
 def _within_block(flow: Flow, blocks: Sequence[Block], node: fx.Node, join: fx.Node | None) -> bool:

@@ -110,11 +110,10 @@ def _of_first_block(anatomy: Anatomy, clock: str | None) -> Iterable[Candidate]:
         if not anatomy.trunk and len(first.outputs) == 1:
             anchor = next((n for n in _streams_into(anatomy, first) if anatomy.flow.alike(n, first.outputs[0])), None)
             yield Candidate("probe", "first_block", first.outputs, (anchor,), path, first.call)
-    run = anatomy.trunk or anatomy.blocks
-    for block in run:
-        value = _query_input(anatomy, block.call)
+    for call in [block.call for block in anatomy.trunk] or [0]:  # without a trunk, anywhere in the denoiser
+        value = _query_input(anatomy, call)
         if value is not None:
-            yield _probe("modulated", [value], anatomy.flow.calls[block.call].path, block.call)
+            yield _probe("modulated", [value], str(value.meta.get("path", "")), call)
             return
     value = _meeting(anatomy, clock)
     if value is not None:

@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from torch import fx
 
 from diffcache.anatomy import Anatomy
-from diffcache.axes import same_order
 from diffcache.blocks import MAX_VALUES, paired, stack_cut, varying
 from diffcache.flow import Candidate
 
@@ -105,7 +104,7 @@ def _residual(anatomy: Anatomy, first: int, last: int) -> tuple[Nodes, Anchors]:
     entering = list(_entering(anatomy, first))
     for values in _leaving(anatomy, first, last):
         for boundary in entering:
-            anchors = _anchored(anatomy, values, boundary)
+            anchors = paired(anatomy.flow, values, boundary, anatomy.axes)
             if None not in anchors:
                 return values, anchors
             if not best[0] or sum(map(bool, anchors)) > sum(map(bool, best[1])):
@@ -124,7 +123,7 @@ def _leaving(anatomy: Anatomy, first: int, last: int) -> Iterator[Nodes]:
     flow, run = anatomy.flow, anatomy.trunk
     if last == len(run):
         for boundary in _entering(anatomy, first):
-            values, anchors = stack_cut(flow, run, boundary)  # one stream may be all that goes on
+            values, anchors = stack_cut(flow, run, boundary, anatomy.axes)  # one stream may be all that goes on
             if values and None not in anchors:
                 yield values
     made = _streams(anatomy, run[last - 1].outputs)
@@ -143,14 +142,6 @@ def _streams(anatomy: Anatomy, nodes: Sequence[fx.Node]) -> Nodes:
     flow = anatomy.flow
     found = tuple(node for node in nodes if node in flow.from_latent)
     return found if 0 < len(found) <= MAX_VALUES and all(map(flow.eligible, found)) else ()
-
-
-def _anchored(anatomy: Anatomy, values: Nodes, boundary: Sequence[fx.Node]) -> Anchors:
-    """For each value the boundary value that it continues, with its tokens in the same order."""
-    axes = anatomy.axes
-    anchors = paired(anatomy.flow, values, boundary)
-    pairs = zip(values, anchors, strict=True)
-    return tuple(a if a is not None and same_order(axes.get(v), axes.get(a)) else None for v, a in pairs)
 
 
 def _complaint(anatomy: Anatomy, first: int, last: int, values: Nodes) -> str:

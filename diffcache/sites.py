@@ -105,9 +105,9 @@ def all_sites(anatomy: Anatomy) -> list[Site]:
         anatomy,
         [
             *output_candidates(flow),
-            *stack_candidates(flow, anatomy.trunk),
+            *stack_candidates(flow, anatomy.trunk, anatomy.axes),
             *deep_candidates(flow, blocks),
-            *block_candidates(flow, blocks),
+            *block_candidates(flow, blocks, anatomy.axes),
             *residual_candidates(anatomy),
             *child_candidates(flow, blocks),
         ],

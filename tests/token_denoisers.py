@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from tests.denoisers import Arguments, Draw, Entry, library_model
 
 _LATTE = {
@@ -95,19 +97,16 @@ def _cogvideo_inputs(r: Draw) -> Arguments:
 
 
 def _allegro_inputs(r: Draw) -> Arguments:
-    place = [(f, y, x) for f in range(3) for y in range(4) for x in range(4)]
-    import torch
-
-    grids = torch.tensor(place).T.unsqueeze(1)
-    angles = [torch.outer(axis[0].float(), 0.5 ** torch.arange(4).float()).repeat(1, 2) for axis in grids]
-    rotary = (tuple(a.cos() for a in angles), tuple(a.sin() for a in angles))
+    places = torch.tensor([(f, y, x) for f in range(3) for y in range(4) for x in range(4)])
+    angles = torch.outer(torch.arange(4).float(), 0.5 ** torch.arange(4).float()).repeat(1, 2)
+    tables = ((angles.cos(), angles.sin()),) * 3
     mask = torch.ones(r.b, 7)
     return (), {
         "hidden_states": r.latent(r.b, 4, 3, 8, 8),
         "encoder_hidden_states": r.randn(r.b, 7, 12),
         "timestep": r.t_long(),
         "encoder_attention_mask": mask,
-        "image_rotary_emb": (rotary, grids),
+        "image_rotary_emb": (tables, tuple(places.T.unsqueeze(1))),
         "return_dict": False,
     }
 
@@ -117,7 +116,8 @@ def _aura_inputs(r: Draw) -> Arguments:
 
 
 def _motion_inputs(r: Draw) -> Arguments:
-    return (r.latent(r.b, 4, 3, 8, 8), r.t_long(), r.randn(r.b, 5, 8)), {"return_dict": False}
+    # the pipeline repeats the prompt for every frame
+    return (r.latent(r.b, 4, 3, 8, 8), r.t_long(), r.randn(3 * r.b, 5, 8)), {"return_dict": False}
 
 
 def _entry(name: str, target: str, config: dict[str, Any], inputs: Any, kind: str = "transformer") -> Entry:
