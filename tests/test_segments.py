@@ -10,9 +10,9 @@ from torch import fx, nn
 
 import diffcache
 from diffcache.cells import COMPUTE, Forecast
+from diffcache.finding import SiteFinder
 from diffcache.gates import Gate, gate
 from diffcache.graphs import count_ops
-from diffcache.profiling import SiteFinder
 from diffcache.programs import Carried, Program, Programs
 from diffcache.schedule import GateSpec, Online, Row, Schedule
 from diffcache.segments import in_order, segment_numbers

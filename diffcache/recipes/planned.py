@@ -129,7 +129,7 @@ def _tried(search: Callable[..., Any], share: float, site: str, predictor: Predi
             part = Part(sites=lambda plan: [choice], when=lambda plan, site: steps, predictor=predictor)
             return plan.error(Recipe(parts=(part,)).schedule(plan)) ** 2
 
-        return search(loss, plan.steps, count_of(plan, share), **options)
+        return search(loss, steps=plan.steps, computed=count_of(plan, share), **options)
 
     return Recipe(parts=(Part(sites=one(site), when=computed, predictor=predictor),))
 
@@ -152,9 +152,9 @@ def golden_path(share: float = 0.4, site: str = "stack", iterations: int = 60, m
 def ecad(share: float = 0.4, site: str = "stack", population: int = 8, generations: int = 6) -> Recipe:
     """Evolution of tables for all budgets at once; the best with at most this share of computed steps is taken."""
 
-    def evolved(loss: Callable[[Sequence[int]], float], steps: int, count: int) -> Sequence[int]:
+    def evolved(loss: Callable[[Sequence[int]], float], steps: int, computed: int) -> Sequence[int]:
         front = direct_search.evolve(loss, steps, population=population, generations=generations)
-        fitting = [found for size, found in front.items() if size <= count] or [front[min(front)]]
+        fitting = [found for size, found in front.items() if size <= computed] or [front[min(front)]]
         return min(fitting, key=lambda found: found[1])[0]
 
     return _tried(evolved, share, site, Predict())
