@@ -76,6 +76,7 @@ def ours(recipe: Recipe, subject: Subject, seed: int = 0) -> Ours:
         fast = calibration.cached(replace(schedule, clock=calibration.profile.clock))
     else:
         fast = diffcache.compile(subject.make(), [seed], sample=subject.sample, recipe=recipe, verbose=False)
+    fast.reset()
     made = generate(fast, subject, seed)
     return Ours(made.latents, made.outputs, _computed(fast))
 
@@ -86,11 +87,12 @@ def _calibrated(subject: Subject) -> Calibration:
 
 
 def _computed(fast: CachedDenoiser) -> dict[str, list[int]]:
-    """Site -> computed steps. A schedule without gates is what was done; one with gates tells by ``decisions``."""
-    done = getattr(fast, "decisions", None)
-    if done is None:
-        return {row.site: [s for s, cell in enumerate(row.cells) if cell is COMPUTE] for row in fast.schedule.rows}
-    raise NotImplementedError("read fast.decisions here: recipes with gates decide while they run")
+    """Site -> the steps at which it was computed, of the newest stream: from what was done, not from the schedule."""
+    _, columns = fast.decisions[-1]
+    return {
+        row.site: [step for step, column in enumerate(columns) if column[i] == COMPUTE.value]
+        for i, row in enumerate(fast.schedule.rows)
+    }
 
 
 def agreement(

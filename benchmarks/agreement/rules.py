@@ -158,6 +158,15 @@ def faster_cache(computed: Sequence[int], steps: int, weight: float = 0.5) -> di
     return found
 
 
+def split_frequencies(x: torch.Tensor) -> list[torch.Tensor]:
+    """FasterCache's low and high part of the shifted spectrum over the last two axes, radius ``min(H, W) // 5``."""
+    spectrum = torch.fft.fftshift(torch.fft.fft2(x))
+    height, width = x.shape[-2:]
+    rows, columns = torch.arange(height)[:, None] - height // 2, torch.arange(width)[None] - width // 2
+    low = rows**2 + columns**2 <= (min(height, width) // 5) ** 2
+    return [spectrum * low, spectrum * ~low]
+
+
 def uniform(steps: int, interval: int) -> list[int]:
     """Steps computed by DeepCache's helper."""
     return list(range(0, steps, interval))

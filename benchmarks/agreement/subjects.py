@@ -9,7 +9,7 @@ by amounts that differ, so that a gate with a middling threshold decides now one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,16 @@ class Run:
     def computed(self, path: str) -> list[int]:
         """The calls at which a module ran."""
         return [call for call, ran in enumerate(self.ran[path]) if ran]
+
+    def residuals(self, first: str, last: str | None = None) -> list[torch.Tensor]:
+        """What the blocks from ``first`` to ``last`` added to the hidden states at every call; both must always run."""
+        pairs = zip(self.passed[first], self.passed[last or first], strict=True)
+        return [end[1] - start[0] for start, end in pairs if start is not None and end is not None]
+
+    def same(self, other: Run) -> bool:
+        """Bit for bit the same latents and outputs, and the same modules run at the same calls."""
+        pairs = [(self.latents, other.latents), *zip(self.outputs, other.outputs, strict=True)]
+        return all(torch.equal(a, b) for a, b in pairs) and self.ran == other.ran
 
 
 class Watch:
@@ -96,7 +106,8 @@ def observe(model: nn.Module, subject: Subject, seed: int, watch: Watch, around:
     return Run(made.latents, made.outputs, ran, passed)
 
 
-def uncached(subject: Subject, seed: int = 0, paths: Sequence[str] = ()) -> Run:
+@functools.cache
+def uncached(subject: Subject, seed: int = 0, paths: tuple[str, ...] = ()) -> Run:
     """The generation without any peer."""
     model = subject.make()
     return observe(model, subject, seed, Watch(model, paths or subject.block_paths(model)))
