@@ -231,3 +231,4 @@ SUBJECTS = {
                 ("down_blocks", "up_blocks")),
     )
 }  # fmt: skip
+SUBJECTS["wan-separate"] = SUBJECTS["wan"].guided("separate")

@@ -112,6 +112,15 @@ def test_dbcache(subject: str, name: str, site: str):
     agrees(run, subject, {site: run.computed(list(run.ran)[-1])})
 
 
+@pytest.mark.parametrize(("name", "order"), [("dbcache-F1-static", 0), ("dbcache-F1-static-taylor2", 2)])
+def test_dbcache_keeps_guidance_branches_apart(name: str, order: int):
+    run, computed = peer(name, "wan-separate"), [step for step, one in enumerate(MASK) if one]
+    last = list(run.ran)[-1]
+    assert run.decisions(last, slice(0, None, 2)) == run.decisions(last, slice(1, None, 2))
+    given = Given(computed={"stack": computed}, predict=taylor(order, **FROM_STEP_3) if order else newest)
+    close(ours(given, SUBJECTS["wan-separate"]), run, "wan-separate")
+
+
 @pytest.mark.xfail(raises=ValueError, strict=True, reason="sites of block ranges on request are not there yet")
 @pytest.mark.parametrize("name", ["dbcache-F2B1", "dbcache-F2B1-taylor1"])
 def test_dbcache_with_last_blocks(name: str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -101,6 +102,20 @@ def test_dbcache(name: str, options: dict, subject: str):
     computed, measured = rules.dbcache(residuals, THRESHOLDS[subject], warmup=2, **options)
     assert run.computed(blocks[-2 if "B1" in name else -1]) == computed
     assert min((abs(d - THRESHOLDS[subject]) for d in measured), default=1) > 1e-3 * THRESHOLDS[subject]
+
+
+@pytest.mark.parametrize("name", ["first_block_cache", "dbcache-F1"])
+def test_guidance_branches_are_decided_apart(name: str):
+    """Two calls a step: each branch follows the rule on its own residuals."""
+    run = peer(name, "wan-separate")
+    first, last = next(iter(run.ran)), list(run.ran)[-1]
+    rule = rules.first_block_cache if name == "first_block_cache" else functools.partial(rules.dbcache, warmup=2)
+    decisions = []
+    for branch in (slice(0, None, 2), slice(1, None, 2)):
+        computed, _ = rule(run.residuals(first)[branch], THRESHOLDS["wan-separate"])
+        decisions.append(run.decisions(last, branch))
+        assert [step for step, done in enumerate(decisions[-1]) if done == "C"] == computed
+    assert decisions[0] != decisions[1]
 
 
 @pytest.mark.parametrize(
