@@ -29,6 +29,7 @@ LAYERS = [
     {"lower"},
     {"options"},
     {"programs"},
+    {"probe_history"},
     {"deciding"},
     {"streams"},
     {"runtime"},
