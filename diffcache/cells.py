@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,11 @@ class Forecast:
             raise ValueError(f"forecast weights {self.weights} must be finite")
 
     @property
+    def reads(self) -> int:
+        """How many tensors it is made from."""
+        return len(self.steps)
+
+    @property
     def is_reuse(self) -> bool:
         """Whether this repeats one earlier value unchanged, which needs no arithmetic at all."""
         return self.weights == (1.0,)
@@ -54,13 +59,16 @@ class Online:
     """Decided at run time: where the row's gate follows, a forecast from the newest computed values; else computed.
 
     ``history`` is the most values it reads; ``predictor`` and ``options`` name the rule that makes its weights from
-    their steps (see ``predictors``). ``timed`` hands the rule the sampler's time instead of step numbers.
+    their steps (see ``predictors``). ``timed`` hands the rule the sampler's time instead of step numbers. ``probe`` is
+    what a rule that makes its weights from values looks at beside them: "latent", or the name of a probe or site of the
+    graph that is computed before the row's site.
     """
 
     predictor: str = "reuse"
     history: int = 1
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     timed: bool = False
+    probe: str = ""
 
     def __post_init__(self) -> None:
         if self.history < 1:
@@ -68,7 +76,20 @@ class Online:
         check_plain(self.options, f"options of predictor '{self.predictor}'")
 
 
-Cell = Action | Forecast | Online
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What an online cell comes to whose weights are made from values: a forecast whose weights only the device knows.
+
+    It exists for the duration of one step and is never stored. ``reads`` is the number of tensors it is made from;
+    ``made`` holds, for each value of the site, these tensors and their table of weights in difference form.
+    """
+
+    reads: int
+    made: tuple[tuple[Sequence[Any], Any], ...] = field(default=(), repr=False, compare=False)
+
+
+Cell = Action | Forecast | Online | Given
+Forecasting = Forecast | Given  # what takes the place of a value
 
 
 @dataclass(frozen=True)
@@ -98,6 +119,8 @@ def character(cell: Cell) -> str:
         return cell.value
     if isinstance(cell, Online):
         return "g"
+    if isinstance(cell, Given):
+        return "v"
     return "r" if cell.is_reuse else "f"
 
 
@@ -107,7 +130,9 @@ def cell_to_json(cell: Cell) -> str | dict[str, Any]:
         return cell.value
     if isinstance(cell, Online):
         found = {"predictor": cell.predictor, "history": cell.history, "options": dict(cell.options)}
-        return {**found, "timed": True} if cell.timed else found
+        more = {"timed": cell.timed, "probe": cell.probe}
+        return found | {name: value for name, value in more.items() if value}
+    assert isinstance(cell, Forecast), f"{cell} is settled anew at every step and is never stored"
     return {"steps": list(cell.steps), "weights": list(cell.weights)}
 
 
@@ -116,5 +141,6 @@ def cell_from_json(cell: Any) -> Cell:
     if isinstance(cell, str):
         return Action(cell)
     if "predictor" in cell:
-        return Online(cell["predictor"], int(cell["history"]), cell["options"], bool(cell.get("timed", False)))
+        timed, probe = bool(cell.get("timed", False)), str(cell.get("probe", ""))
+        return Online(cell["predictor"], int(cell["history"]), cell["options"], timed, probe)
     return Forecast(tuple(int(step) for step in cell["steps"]), tuple(float(weight) for weight in cell["weights"]))

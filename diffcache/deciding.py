@@ -9,19 +9,21 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from diffcache import predictors
-from diffcache.cells import COMPUTE, Action, Cell, Forecast, Online, character
-from diffcache.forecasting import forecast
+from diffcache.cells import COMPUTE, Action, Cell, Forecast, Forecasting, Online, character
+from diffcache.forecasting import check_rules, forecast
 from diffcache.gates import Gate, Moment, make_gate
 from diffcache.gates.base import Numbers
 from diffcache.host_reads import HostRead
+from diffcache.predictors import FROM_VALUES
+from diffcache.probe_history import ProbeHistory
+from diffcache.programs import History
 from diffcache.schedule import Schedule
 
 BEFORE = ("", "latent")  # probes that are known before anything runs
 
 
 class Deciding:
-    """The decisions of one stream. A step goes ``begin``, ``decide`` for every gate, ``cells``, ``finish``.
+    """The decisions of one stream. A step goes ``begin``, ``show`` for every probe, ``cells``, ``finish``.
 
     ``log`` holds the printed column of every step that was finished.
     """
@@ -32,6 +34,7 @@ class Deciding:
         self.gate_of = [None if row.gate is None else schedule.gates.index(row.gate) for row in schedule.rows]
         self.rows_of = [[r for r, g in enumerate(self.gate_of) if g == group] for group in range(len(self.gates))]
         self.made: list[list[int]] = [[] for _ in schedule.rows]  # computed steps of each row, newest first
+        self.probes = ProbeHistory(schedule)
         self.log: list[str] = []
         self.step = 0
         self._follows: dict[int, bool] = {}
@@ -43,9 +46,19 @@ class Deciding:
         """A step begins; gates that need nothing of the graph decide."""
         self._before = (list(map(copy.copy, self.gates)), dict(self._coming))
         self.step, self._follows = step, {}
+        self.probes.begin(latent.device if isinstance(latent, Tensor) else None)
+        self.show("", None)
+        looked_at = "latent" in self.probes.rows or any(gate.probe == "latent" for gate in self.gates)
+        # it is kept beyond this call, and samplers write into it
+        self.show("latent", latent.detach().clone() if looked_at and isinstance(latent, Tensor) else None)
+
+    def show(self, name: str, probe: Any) -> None:
+        """A probe's value: the gates that look at it decide, and rules may make weights from it."""
         for number, gate in enumerate(self.gates):
-            if gate.probe in BEFORE:
-                self.decide(number, latent if gate.probe else None)
+            if gate.probe == name:
+                self.decide(number, probe)
+        if isinstance(probe, Tensor):
+            self.probes.show(name, probe)
 
     def undo(self) -> None:
         """The step has to start again: gates are as they were before it."""
@@ -66,9 +79,9 @@ class Deciding:
         numbers = np.zeros((1, 0)) if found is None else _numbers(HostRead(found).get())
         self._follows[number] = bool(np.all(gate.follow(moment, numbers)))
 
-    def cells(self, rows: Sequence[int]) -> dict[int, Cell]:
+    def cells(self, rows: Sequence[int], history: History) -> dict[int, Cell]:
         """What these rows do at this step, now that their gates have decided."""
-        return {row: self._settled(row) for row in rows}
+        return {row: self._settled(row, history) for row in rows}
 
     def finish(self, column: Sequence[Cell], seen: dict[int, list[Tensor]]) -> None:
         """The step ran with this column; ``seen`` is what the gates watch, by gate."""
@@ -76,7 +89,7 @@ class Deciding:
             if cell is COMPUTE:
                 self.made[row].insert(0, self.step)
         for number, gate in enumerate(self.gates):
-            computed = not any(isinstance(column[row], Forecast) for row in self.rows_of[number])
+            computed = not any(isinstance(column[row], Forecasting) for row in self.rows_of[number])
             moment = self._moment(number)
             numbers = gate.see(seen[number], moment, computed) if seen.get(number) else None
             if numbers is not None:
@@ -84,13 +97,9 @@ class Deciding:
             gate.done(moment, computed)
             if computed:
                 self._last[number] = self.step
+        self.probes.finish(self.step, column, self.made)
         self.log.append("".join(map(character, column)))
         self._before = None
-
-    def online(self, row: int) -> Online | None:
-        """The rule of a row whose weights are made from values, where this step forecasts it so."""
-        cell = self.schedule.rows[row].cells[self.step]
-        return cell if isinstance(cell, Online) and cell.predictor in predictors.FROM_VALUES else None
 
     def _moment(self, number: int) -> Moment:
         last = self._last.get(number, self.step)
@@ -100,13 +109,32 @@ class Deciding:
         cell = self.schedule.rows[row].cells[self.step]
         return not isinstance(cell, Action) and (isinstance(cell, Forecast) or bool(self.made[row]))
 
-    def _settled(self, row: int) -> Cell:
+    def _settled(self, row: int, history: History) -> Cell:
         cell, gate = self.schedule.rows[row].cells[self.step], self.gate_of[row]
         if isinstance(cell, Action):
             return cell
         if not self._possible(row) or (gate is not None and not self._follows[gate]):
             return COMPUTE
-        return cell if isinstance(cell, Forecast) else forecast(cell, self.made[row], self.step, self.schedule.clock)
+        if isinstance(cell, Forecast):
+            return cell
+        assert isinstance(cell, Online)
+        if cell.predictor in FROM_VALUES:
+            return self.probes.given(row, cell, self.made[row], self.step, history)
+        return forecast(cell, self.made[row], self.step, self.schedule.clock)
+
+
+def looked_at(schedule: Schedule) -> dict[str, set[str]]:
+    """For each site of a schedule the probes of the graph that its gate and its rules look at.
+
+    Raises:
+        ValueError: a gate or a rule is unknown, or not fit to be used so.
+    """
+    found: dict[str, set[str]] = {}
+    for row in schedule.rows:
+        check_rules(row)
+        gate = () if row.gate is None else (make_gate(row.gate.name, **row.gate.options).probe,)
+        found[row.site] = {*gate, *row.probes} - set(BEFORE)
+    return found
 
 
 def _numbers(found: Tensor) -> Numbers:

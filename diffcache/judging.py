@@ -136,6 +136,6 @@ def _report(
         measured_error=error,
         wall_speedup=times[0] / times[1],
         sites=tuple(row.site for row in schedule.rows),
-        memory=str(programs[0].memory(schedule, chosen.pattern.streams)) if schedule.rows else None,
+        memory=str(programs[0].memory(schedule, chosen.pattern)) if schedule.rows else None,
         considered=considered,
     )

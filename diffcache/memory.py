@@ -51,19 +51,28 @@ def plan_memory(
 ) -> MemoryPlan:
     """What a schedule holds at each step: entries that a later forecast still reads, and those written there.
 
-    With ``offload`` only what a step reads and writes is on the device, and all that waits is in host memory.
+    With ``offload`` only what a step reads and writes is on the device, and all that waits is in host memory. Probes
+    that rules look at have entries of their own (``probe_entry``) and stay on the device.
     """
-    entries = dict.fromkeys((row.site for row in schedule.rows), 0)
+    probes = {
+        probe_entry(probe): [row for row in schedule.rows if probe in row.probes]
+        for probe in dict.fromkeys(probe for row in schedule.rows for probe in row.probes)
+    }
+    entries = dict.fromkeys([*(row.site for row in schedule.rows), *probes], 0)
     device, host = [], []
     for step in range(schedule.steps):
         waiting = {site: len(steps) for site, steps in schedule.live_after(step - 1).items()} if step else {}
         waiting |= {row.site: min(step, row.keeps) for row in schedule.rows if row.last_online >= step}
         written = schedule.writes(step)
         reads = {row.site: n for row, n in zip(schedule.rows, schedule.structure(step).reads, strict=True)}
-        held = {site: waiting.get(site, 0) + (site in written) for site in entries}
-        entries = {site: max(count, held[site]) for site, count in entries.items()}
-        busy = {site: reads[site] + (site in written) for site in entries} if offload else held
-        device.append(sum(count * entry_bytes[site] for site, count in busy.items()))
+        held = {row.site: waiting.get(row.site, 0) + (row.site in written) for row in schedule.rows}
+        looked_at = {  # those of computed steps, and the one of now
+            probe: 1 + max(min(step, row.keeps) if row.last_online >= step else 0 for row in rows)
+            for probe, rows in probes.items()
+        }
+        entries = {site: max(count, (held | looked_at)[site]) for site, count in entries.items()}
+        busy = {site: reads[site] + (site in written) for site in held} if offload else held
+        device.append(sum(count * entry_bytes[site] for site, count in (busy | looked_at).items()))
         host.append(sum(count * entry_bytes[site] for site, count in held.items()) if offload else 0)
     peak = max(range(schedule.steps), key=lambda step: device[step])
     return MemoryPlan(entries, dict(entry_bytes), streams, streams * device[peak], streams * max(host), peak)
@@ -72,7 +81,12 @@ def plan_memory(
 def entry_bytes(graph: fx.Graph, sites: Sequence[Site], small: torch.dtype | None = None) -> dict[str, int]:
     """Bytes of one entry of each site's history, as the shapes of this graph make it."""
     specs = {node.meta.get("captured_as", node.name): node.meta.get("val") for node in graph.nodes}
-    return {site.name: sum(_bytes(specs.get(value), small) for value in site.values) for site in sites}
+    return {site.name: sum(spec_bytes(specs.get(value), small) for value in site.values) for site in sites}
+
+
+def probe_entry(name: str) -> str:
+    """The name under which a probe is counted: it may be a site as well."""
+    return f"probe {name}"
 
 
 def can_be_small(spec: Any, small: torch.dtype | None) -> bool:
@@ -86,7 +100,8 @@ def _has_rows(spec: TensorSpec) -> bool:
     )
 
 
-def _bytes(spec: Any, small: torch.dtype | None) -> int:
+def spec_bytes(spec: Any, small: torch.dtype | None = None) -> int:
+    """Bytes of a value, as history keeps it."""
     if not isinstance(spec, TensorSpec):
         return 0
     if not can_be_small(spec, small):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
+from diffcache.call_pattern import CallPattern
+from diffcache.cells import Given
 from diffcache.graphs import count_ops
 from diffcache.lower import lower
-from diffcache.memory import Kept, MemoryPlan, entry_bytes, plan_memory
+from diffcache.memory import Kept, MemoryPlan, entry_bytes, plan_memory, probe_entry, spec_bytes
 from diffcache.options import RunOptions
 from diffcache.pipeline import PREPARE, SPECIALISE, PassReport, run_passes
 from diffcache.progress import waiting
@@ -64,12 +67,10 @@ class Program:
             elif kind == "carried":
                 assert carried is not None
                 extra.append(carried[self.carried_in[int(rest)]])
-            elif kind == "weights":
+            elif kind == "weights" and "_" not in rest:
                 extra.append(weights[int(rest)])
             else:
-                row, value, age = map(int, rest.split("_"))
-                kept = history[row, value, cells[row].steps[age]]  # type: ignore[union-attr]
-                kept = kept[kind == "scale"] if isinstance(kept, tuple) else kept
+                kept = self._of_row(kind, [int(number) for number in rest.split("_")], history, cells)
                 # what was offloaded comes back on the device's own queue
                 extra.append(kept if kept.device == device else kept.to(device, non_blocking=True))
         result, kept = self._run_cold(*leaves, *extra) if self.cold else self.run(*leaves, *extra)
@@ -78,6 +79,16 @@ class Program:
             carried.update(zip(self.carried_out, result[:count], strict=True))
             result = result[count:]
         return result, kept
+
+    def _of_row(self, kind: str, place: list[int], history: History, cells: Sequence[Cell]) -> torch.Tensor:
+        """One tensor that a forecast is made from, or the weights of one value of a site."""
+        row, value, *age = place
+        cell = cells[row]
+        if isinstance(cell, Given):
+            tensors, table = cell.made[value]
+            return tensors[age[0]] if age else table
+        kept = history[row, value, cell.steps[age[0]]]  # type: ignore[union-attr]
+        return kept[kind == "scale"] if isinstance(kept, tuple) else kept
 
     def _run_cold(self, *inputs: Any) -> Any:
         with waiting(f"diffcache: compiling {self.title} (once)"):
@@ -100,7 +111,8 @@ class Programs:
         options: RunOptions = RunOptions(),  # noqa: B008  (frozen)
         title: str = "denoiser",
     ):
-        self.variant, self.sites, self.options, self.title = variant, tuple(sites), options, title
+        self.variant, self.sites, self.probes = variant, tuple(sites), tuple(probes)
+        self.options, self.title = options, title
         self._flops = flops or {}
         hoisting = {"hoist_step_invariant": {"invariant": frozenset(invariant)}}
         self.reports: list[PassReport]
@@ -184,10 +196,28 @@ class Programs:
         tensors = [owner.get(name) for owner, name in self._owners]
         return tuple((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors if t is not None)
 
-    def memory(self, schedule: Schedule, streams: int) -> MemoryPlan:
-        """What history costs at this call's shapes."""
-        sizes = entry_bytes(self.variant.graph_module.graph, self.sites, self.options.small)
-        return plan_memory(schedule, sizes, streams=streams, offload=self.options.offload_history)
+    def memory(self, schedule: Schedule, pattern: CallPattern) -> MemoryPlan:
+        """What history costs at this call's shapes, and the probes that are kept with it."""
+        graph = self.variant.graph_module.graph
+        sizes = entry_bytes(graph, self.sites, self.options.small)
+        first = [replace(probe, values=probe.values[:1]) for probe in self.probes]
+        sizes |= {probe_entry(name): size for name, size in entry_bytes(graph, first).items()}
+        inputs = [node for node in self.body.graph.nodes if node.op == "placeholder"]
+        latent = [node for node, path in zip(inputs, self.paths, strict=False) if path == pattern.probe]
+        sizes |= {probe_entry("latent"): spec_bytes(node.meta.get("val")) for node in latent}
+        return plan_memory(schedule, sizes, streams=pattern.streams, offload=self.options.offload_history)
+
+    def check_order(self, looks: Mapping[str, Collection[str]]) -> None:
+        """Raise ValueError where what is looked at (by site) is not computed before the site."""
+        cut_of = {probe.name: number for number, cut in enumerate(self.cuts) for probe in cut}
+        for row, site in enumerate(self.sites):
+            first = min(number for number, rows in enumerate(self.rows) if row in rows)
+            late = sorted(name for name in looks.get(site.name, ()) if cut_of[name] >= first)
+            if late:
+                raise ValueError(
+                    f"site '{site.name}' is computed no later than {late}, which decide about it; "
+                    "look at something that lies before the site"
+                )
 
     def counts(self, schedule: Schedule) -> dict[str, int]:
         """Ops of the capture, hoisted, and left in the cheapest column."""

@@ -15,15 +15,14 @@ import torch
 from torch import nn
 
 from diffcache.call_pattern import CallPattern, host_value
-from diffcache.deciding import BEFORE
+from diffcache.deciding import looked_at
 from diffcache.fingerprint import graph_fingerprint
-from diffcache.gates import make_gate
 from diffcache.memory import Kept, in_full, in_words, to_host
 from diffcache.ops import difference_form
 from diffcache.options import RunOptions
 from diffcache.programs import Carried, History, Program, Programs
 from diffcache.report import CompileReport
-from diffcache.schedule import Cell, Forecast, Schedule
+from diffcache.schedule import Cell, Forecasting, Schedule
 from diffcache.sites import Site
 from diffcache.streams import Stream, calling, close, input_at
 from diffcache.tracing import tree
@@ -74,8 +73,8 @@ class CachedDenoiser(nn.Module):
         self._lock = threading.RLock()
         self._context = threading.local()
         self._said: set[str] = set()
-        gates = [make_gate(spec.name, **spec.options) for spec in schedule.gates]
-        self._probes = tuple(dict.fromkeys(gate.probe for gate in gates if gate.probe not in BEFORE))
+        self._looks = looked_at(schedule)
+        self._probes = tuple(sorted(set().union(*self._looks.values())))
         self._logs: deque[tuple[str, list[str]]] = deque(maxlen=MAX_STREAMS)
         self.reset()
         self.training = self.denoiser.training
@@ -211,7 +210,7 @@ class CachedDenoiser(nn.Module):
         written: History = {}
         result: Any = None
         for segment, rows in enumerate(programs.rows):
-            for row, cell in deciding.cells(rows).items():
+            for row, cell in deciding.cells(rows, stream.history).items():
                 column[row] = cell
             program = self._count(programs, programs.program(self.schedule, step, column, segment))
             weights = self._step_weights(program, column, leaves)
@@ -219,9 +218,7 @@ class CachedDenoiser(nn.Module):
             for (row, value), tensor in zip(program.writes, kept, strict=True):
                 written[row, value, step] = tensor
             for name, probe in zip(program.probes, result if program.probes else (), strict=True):
-                for number, gate in enumerate(deciding.gates):
-                    if gate.probe == name:
-                        deciding.decide(number, probe.detach())
+                deciding.show(name, probe.detach())
         return result, column, written
 
     def _count(self, programs: Programs, program: Program) -> Program:
@@ -249,6 +246,7 @@ class CachedDenoiser(nn.Module):
             found = self._make_programs(variant, bound, sites, names)
             if sites and not self._fits(found):
                 found = self._make_programs(variant, bound, (), names)
+            found.check_order(self._looks)
             self._programs[key] = found
         return found
 
@@ -266,7 +264,7 @@ class CachedDenoiser(nn.Module):
     def _fits(self, programs: Programs) -> bool:
         """Whether history stays within ``max_cache_bytes`` at the shapes of this call."""
         allowed = self.options.max_cache_bytes
-        needed = programs.memory(self.schedule, self.pattern.streams).device_bytes
+        needed = programs.memory(self.schedule, self.pattern).device_bytes
         if allowed is None or needed <= allowed:
             return True
         self.say_once(
@@ -345,7 +343,7 @@ class CachedDenoiser(nn.Module):
     def _advance(
         self, stream: Stream, step: int | None, column: Sequence[Cell] | None, written: History, result: Any
     ) -> None:
-        forecast = column is not None and any(isinstance(cell, Forecast) for cell in column)
+        forecast = column is not None and any(isinstance(cell, Forecasting) for cell in column)
         self.steps_forecast += forecast
         self.steps_computed += not forecast
         if step is None:

@@ -20,6 +20,7 @@ from diffcache.cells import (
     Action,
     Cell,
     Forecast,
+    Forecasting,
     GateSpec,
     Online,
     cell_from_json,
@@ -47,6 +48,11 @@ class Row:
     def keeps(self) -> int:
         """How many of the newest computed values its online cells read."""
         return max((cell.history for cell in self.cells if isinstance(cell, Online)), default=0)
+
+    @property
+    def probes(self) -> tuple[str, ...]:
+        """What the rules of its online cells look at."""
+        return tuple(dict.fromkeys(cell.probe for cell in self.cells if isinstance(cell, Online) and cell.probe))
 
     @cached_property
     def last_online(self) -> int:
@@ -181,7 +187,7 @@ class Schedule:
     def structure(self, step: int, column: Sequence[Cell] | None = None) -> Structure:
         """What the program of this step depends on; ``column`` is what was decided at run time."""
         cells = self.column(step) if column is None else tuple(column)
-        reads = tuple(len(cell.steps) if isinstance(cell, Forecast) else 0 for cell in cells)
+        reads = tuple(cell.reads if isinstance(cell, Forecasting) else 0 for cell in cells)
         return Structure("".join(map(character, cells)), reads, self.writes(step, cells))
 
     def distinct_columns(self) -> dict[Structure, tuple[int, ...]]:
@@ -253,7 +259,11 @@ class Schedule:
             ) from error
 
     def __str__(self) -> str:
-        """The readable grid: C compute, r reuse, f forecast, g gated, . skipped inside another site's forecast."""
+        """The readable grid: C compute, r reuse, f forecast, g gated, . skipped inside another site's forecast.
+
+        In the columns that a run comes to (``CachedDenoiser.decisions``) v is a forecast whose weights were made from
+        values.
+        """
         programs = len(self.distinct_columns())
         lines = [
             f"schedule: {len(self.rows)} sites x {self.steps} steps, "

@@ -12,7 +12,8 @@ After (forecast from two history values)::
 
 Needs nothing from earlier passes; what became dead stays until ``eliminate_dead_code``. New inputs are listed in
 ``meta["history"]`` as (row, value, age) and ``meta["weights"]`` as rows; the program returns ``(result, writes)``, with
-``meta["writes"]`` naming each written value as (row, value).
+``meta["writes"]`` naming each written value as (row, value). Weights made from values (a cell ``Given``) are those of
+one value of a site: ``weights_0_0`` for row 0's first.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from diffcache.graphs import find_output, returned_storages
 from diffcache.liveness import live_nodes
 from diffcache.memory import can_be_small
 from diffcache.ops import extrapolate, quantize
-from diffcache.schedule import COMPUTE, Cell, Forecast
+from diffcache.schedule import COMPUTE, Cell, Forecast, Forecasting
 from diffcache.sites import Site
 from diffcache.tracing.spec import TensorSpec
 
@@ -54,7 +55,7 @@ def apply_schedule(
         if place.cell is COMPUTE:
             written.append(_kept(graph, place.value, place.anchor, returned, small))
             gm.meta["writes"].append((place.row, place.part))
-        elif isinstance(place.cell, Forecast):
+        elif isinstance(place.cell, Forecasting):
             last = _forecast(gm, last, place, place.value.meta.get("storage") in returned, small)
     end.args = ((end.args[0], tuple(written)),)
     return gm
@@ -88,7 +89,7 @@ def _places(gm: fx.GraphModule, sites: Sequence[Site], cells: Sequence[Cell]) ->
 
 def _drop_blind_guards(graph: fx.Graph, places: Sequence[_Place]) -> None:
     """Guards on values inside a forecast region go with it: they must not keep it alive."""
-    replaced = {place.value for place in places if isinstance(place.cell, Forecast)}
+    replaced = {place.value for place in places if isinstance(place.cell, Forecasting)}
     kept = [place.value for place in places if place.cell is COMPUTE] + [p.anchor for p in places if p.anchor]
     live = live_nodes(graph, replaced, kept)
     for node in [node for node in graph.nodes if node.meta.get("guard") and node not in live]:
@@ -119,28 +120,31 @@ def _kept(
 def _forecast(gm: fx.GraphModule, last: fx.Node, place: _Place, returned: bool, small: torch.dtype | None) -> fx.Node:
     """Put the forecast in the place of the value; returns the last placeholder."""
     row, index, cell, value, anchor = place
-    assert isinstance(cell, Forecast)
+    assert isinstance(cell, Forecasting)
+    given = not isinstance(cell, Forecast)  # its tensors come in full
     graph = gm.graph
     history: list[fx.Node] = []
     spec = value.meta.get("val")
     small_of = spec.dtype if isinstance(spec, TensorSpec) and can_be_small(spec, small) else None
-    for kind in ("history", "scale") if small_of is not None else ("history",):
-        for age in range(len(cell.steps)):
+    for kind in ("history", "scale") if small_of is not None and not given else ("history",):
+        for age in range(cell.reads):
             with graph.inserting_after(last):
                 last = graph.placeholder(f"{kind}_{row}_{index}_{age}")
             last.meta = {"val": spec if small_of is None else None, "path": ""}
             history.append(last)
             if kind == "history":
                 gm.meta["history"].append((row, index, age))
-    if cell.is_reuse and anchor is None and not returned and small_of is None:
+    if isinstance(cell, Forecast) and cell.is_reuse and anchor is None and not returned and small_of is None:
         forecast = history[0]
     else:
-        weights = next((n for n in graph.nodes if n.op == "placeholder" and n.target == f"weights_{row}"), None)
+        name = f"weights_{row}_{index}" if given else f"weights_{row}"
+        weights = next((n for n in graph.nodes if n.op == "placeholder" and n.target == name), None)
         if weights is None:
             with graph.inserting_after(last):
-                last = weights = graph.placeholder(f"weights_{row}")
+                last = weights = graph.placeholder(name)
             weights.meta = {"path": ""}
-            gm.meta["weights"].append(row)
+            if not given:
+                gm.meta["weights"].append(row)
         with graph.inserting_after(value):
             stored = () if small_of is None else (None, small_of)
             forecast = graph.call_function(extrapolate, (anchor, history, weights, *stored))

@@ -47,7 +47,7 @@ def take_segment(gm: fx.GraphModule, *, cuts: Cuts = (), number: int = 0, sites:
     arriving = [node for node, segments in read_in.items() if place[node] < number and number in segments]
     leaving = [node for node, segments in read_in.items() if place[node] == number]
     if number < len(cuts):
-        probes = [_probe(graph, probe, named) for probe in cuts[number]]
+        probes = [_probe(graph, probe, named, gm.meta["returned"]) for probe in cuts[number]]
         place |= {probe: number for probe in probes if probe not in place}
         end.args, end.meta["deps"], place[end] = (tuple([*leaving, *probes]),), (), number
         gm.meta["carried_out"] = [node.meta.get("captured_as", node.name) for node in leaving]
@@ -92,12 +92,17 @@ def _reading_segments(
     return {node: segments for node, segments in later.items() if segments}
 
 
-def _probe(graph: fx.Graph, probe: Site, named: dict[str, fx.Node]) -> fx.Node:
-    """What a gate looks at: the (first) value, less its anchor."""
+def _probe(graph: fx.Graph, probe: Site, named: dict[str, fx.Node], returned: set[object]) -> fx.Node:
+    """What a gate looks at: the (first) value, less its anchor; memory that is written into by nobody."""
     value, anchor = named[probe.values[0]], probe.anchors[0]
-    if anchor is None:
+    given = returned | {node.meta.get("storage") for node in graph.nodes if node.op == "placeholder"}
+    if anchor is not None:
+        with graph.inserting_before(find_output(graph)):
+            found = graph.call_function(torch.sub, (value, named[anchor]))
+    elif value.meta.get("mutated") or value.meta.get("storage") in given - {None}:
+        with graph.inserting_after(value):  # what it is now, whatever the caller or a later node writes there
+            found = graph.call_method("clone", (value,))
+    else:
         return value
-    with graph.inserting_before(find_output(graph)):
-        residual = graph.call_function(torch.sub, (value, named[anchor]))
-    residual.meta = {"val": value.meta.get("val"), "path": value.meta.get("path", "")}
-    return residual
+    found.meta = {"val": value.meta.get("val"), "path": value.meta.get("path", "")}
+    return found

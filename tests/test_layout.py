@@ -39,6 +39,7 @@ LAYERS = [
     {"lower"},
     {"options"},
     {"programs"},
+    {"probe_history"},
     {"deciding"},
     {"streams"},
     {"runtime"},

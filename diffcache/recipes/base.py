@@ -72,7 +72,8 @@ class Predict:
     """The predictor axis: a rule by name (see ``predictors``) with its options.
 
     ``history`` is the most computed values it reads, by default what its ``order`` needs; ``timed`` hands it the
-    sampler's times; ``fitted`` says that it is fitted to the site's Gram matrix.
+    sampler's times; ``fitted`` says that it is fitted to the site's Gram matrix. ``probe`` is what a rule from values
+    looks at: "latent", the name of a probe or site, or a function from the site to such a name.
     """
 
     name: str = "reuse"
@@ -80,16 +81,22 @@ class Predict:
     history: int | None = None
     timed: bool = False
     fitted: bool = False
-    probe: str = ""
+    probe: str | Callable[[SiteChoice], str] = ""
 
-    def online(self) -> Online:
-        most = self.history or int(self.options.get("order", 0 if self.name == "reuse" else 2)) + 1
-        return Online(self.name, most, self.options, self.timed)
+    def online(self, site: SiteChoice | None = None) -> Online:
+        """The cell of a step at which it is known at run time only what is forecast, or from which weights."""
+        entry = predictors.FROM_VALUES.get(self.name)
+        order = int(self.options.get("order", 0 if self.name == "reuse" else 2))
+        most = self.history or (order + 1 if entry is None else entry.newest)
+        if callable(self.probe):
+            assert site is not None, "the probe depends on the site"
+            return Online(self.name, most, self.options, self.timed, self.probe(site))
+        return Online(self.name, most, self.options, self.timed, self.probe)
 
     def cell(self, plan: Plan, site: SiteChoice, made: Sequence[int], step: int) -> Cell:
         """The cell of a step that is not computed, when it is known which were."""
         if not self.fitted:
-            online = self.online()
+            online = self.online(site)
             return online if self.name in predictors.FROM_VALUES else forecast(online, made, step, plan.clock)
         if plan.profile is None:
             raise ValueError(f"predictor '{self.name}' is fitted in calibration; use diffcache.compile")
@@ -137,7 +144,7 @@ class Part:
                 made.insert(0, step)
                 cells.append(COMPUTE)
             elif gate is not None:
-                cells.append(self.predictor.online())
+                cells.append(self.predictor.online(site))
             else:
                 cells.append(self.predictor.cell(plan, site, made, step))
         return Row(site.name, site.residual, tuple(cells), gate)
