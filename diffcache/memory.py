@@ -102,6 +102,12 @@ def in_words(size: int) -> str:
     return f"{size} B"
 
 
+def to_device(numbers: Sequence[float], device: torch.device) -> torch.Tensor:
+    """float32 ``[len(numbers)]``, through pinned memory: the host does not wait for what the device has to do."""
+    pinned = device.type == "cuda"
+    return torch.tensor(numbers, dtype=torch.float32, pin_memory=pinned).to(device, non_blocking=pinned)
+
+
 Kept = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # a value, or a small one and its scale
 
 

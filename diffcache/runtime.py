@@ -17,7 +17,7 @@ from torch import nn
 from diffcache.call_pattern import CallPattern, host_value
 from diffcache.fingerprint import graph_fingerprint
 from diffcache.gates import StepInfo, make_gate
-from diffcache.memory import in_words, to_host
+from diffcache.memory import in_words, to_device, to_host
 from diffcache.ops import difference_form, relative_change
 from diffcache.options import RunOptions
 from diffcache.programs import Program, Programs
@@ -62,7 +62,7 @@ class CachedDenoiser(nn.Module):
         self._find_sites = find_sites
         self._programs: dict[tuple[int, tuple[str, ...]], Programs] = {}
         self._streams: list[Stream] = []
-        self._weights: dict[Any, dict[int, torch.Tensor]] = {}
+        self._weights: dict[torch.device, list[dict[int, torch.Tensor]]] = {}
         self._lock = threading.RLock()
         self._context = threading.local()
         self._said: set[str] = set()
@@ -299,15 +299,16 @@ class CachedDenoiser(nn.Module):
         if step is None or not program.weights:
             return {}
         device = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), torch.device("cpu"))
-        key = (step, device)
-        if key not in self._weights:
-            cells = self.schedule.column(step)
-            self._weights[key] = {
-                row: torch.tensor(difference_form(cell.weights), dtype=torch.float32, device=device)
-                for row, cell in enumerate(cells)
-                if isinstance(cell, Forecast)
-            }
-        return self._weights[key]
+        if device not in self._weights:  # of all steps at once: later ones find theirs on the device
+            self._weights[device] = [
+                {
+                    row: to_device(difference_form(cell.weights), device)
+                    for row, cell in enumerate(self.schedule.column(each))
+                    if isinstance(cell, Forecast)
+                }
+                for each in range(self.schedule.steps)
+            ]
+        return self._weights[device][step]
 
     def _advance(self, stream: Stream, step: int | None, program: Program | None, written: Any, forecast: bool) -> None:
         self.steps_forecast += forecast

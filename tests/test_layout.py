@@ -16,7 +16,7 @@ PACKAGES = {"diffcache": ROOT / "diffcache", "diffcache.passes": ROOT / "passes"
 LAYERS = [
     {"schedule"},
     {"kernels"},
-    {"ops", "predictors", "gates", "budget", "liveness", "progress", "report"},
+    {"ops", "predictors", "gates", "budget", "liveness", "progress", "report", "host_reads"},
     {"gram", "gap_costs", "profile_record"},
     {"searching", "recipes"},
     {"tracing"},
