@@ -146,6 +146,14 @@ def host(device: str) -> None:
     times |= {"one add": wall([lambda: history[0] + history[1]], device, count=500)}
     for name, peer in taylor_peers().items():
         times[name] = wall([peer(history, [12, 8, 4], 14)], device, count=500)
+    if device == "cuda":
+        from torch._library.triton import set_wrap_triton_enabled
+
+        from diffcache.kernels.extrapolate import extrapolate as launcher
+
+        with set_wrap_triton_enabled(False):  # as the operation calls it
+            times["ours without the dispatcher"] = wall([lambda: launcher(None, history, (), weights)], device, 500)
+            times["kernel launch alone"] = wall(dense([[*history, history[0]]], weights, 2048, 4), device, 500)
     note("host", **{name: 1e6 * time for name, time in times.items()})
     print("  ".join(f"{name} {1e6 * time:.1f} us" for name, time in times.items()), flush=True)
 

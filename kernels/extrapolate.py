@@ -20,7 +20,7 @@ from diffcache.kernels.layout import as_triple, laid_out_alike, lie_alike
 
 MAX_HISTORY = 6
 BLOCK = 2048  # elements of one program, where no sum along a row asks for more: 128-bit loads on every GPU
-DENSE_BLOCK, DENSE_WARPS = 2048, 4  # of dense_kernel: 32 bytes of each tensor in flight for each thread
+DENSE_BLOCK = 2048  # of dense_kernel, by 128 threads: 32 bytes of each tensor in flight for each
 LONGEST_ROW = 16384  # elements that one program can normalise
 
 
@@ -168,7 +168,7 @@ def _launch_dense(out: Tensor, anchor: Tensor | None, values: list[Tensor], weig
             out, newest if anchor is None else anchor, *padded, weights, numel,
             K=len(values), HAS_ANCHOR=anchor is not None,
             WIDE=tl.float64 if out.dtype == torch.float64 else tl.float32,
-            BLOCK=DENSE_BLOCK, num_warps=DENSE_WARPS,
+            BLOCK=DENSE_BLOCK,
         )  # fmt: skip
 
 
