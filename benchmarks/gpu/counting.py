@@ -69,6 +69,7 @@ def hand_through(denoiser: CachedDenoiser, step: int) -> int:
         module = programs.program(denoiser.schedule, step).module
         for node in [node for node in module.graph.nodes if node.target is extrapolate]:
             node.replace_all_uses_with(node.args[1][0])
+            module.graph.erase_node(node)
             forecasts += 1
         module.recompile()
     return forecasts
