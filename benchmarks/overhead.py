@@ -22,9 +22,9 @@ from diffusers import FluxTransformer2DModel
 
 import diffcache
 from diffcache import recipes
-from diffcache.compiler import site_choices
 from diffcache.graphs import count_ops
 from diffcache.liveness import live_nodes
+from diffcache.planning import plan_of
 from diffcache.programs import Programs
 from diffcache.schedule import GateSpec
 
@@ -158,20 +158,19 @@ def paired_steps(
     return middle, low, high
 
 
-def operations(gate: bool, device: str, depth: tuple[int, int] = (19, 38)) -> tuple[int, int, int]:
+def operations(gated: bool, device: str, depth: tuple[int, int] = (19, 38)) -> tuple[int, int, int]:
     """Of a FLUX-deep transformer: ops of a full step, of a cached one, and what its head needs."""
     dim, tokens = 64, 16
     model, sample = flux(*depth, dim, device), sampler(dim, tokens, 8, device)
     calibration = diffcache.profile(model, [0], sample=sample, verbose=False, sensitivity_prompts=0)
     site = next(s for s in calibration.sites.values() if s.role == "stack0")
-    schedule = recipes.uniform(interval=2, site=site.name, predictor="taylor", order=2).schedule(
-        STEPS, site_choices(calibration)
-    )
-    if gate:
-        schedule = replace(schedule, gate=GateSpec("accumulated_change", {"budget": 1e9}))
+    schedule = recipes.uniform(interval=2, site=site.name, predictor="taylor", order=2).schedule(plan_of(calibration))
+    if gated:
+        gate = GateSpec("accumulated_change", {"threshold": 1e9})
+        schedule = replace(schedule, rows=tuple(replace(row, gate=gate) for row in schedule.rows))
     fast = calibration.cached(schedule)
     sample(fast, 3)
-    programs: Programs = next(p for (_, sites), p in fast._programs.items() if sites)
+    programs: Programs = next(p for (_, sites, _), p in fast._programs.items() if sites)
     cached = programs.program(schedule, STEPS - 1).module
     graph = programs.body.graph
     nodes = {node.meta.get("captured_as", node.name): node for node in graph.nodes}

@@ -5,30 +5,33 @@ from __future__ import annotations
 import math
 import os
 import sys
-import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from diffcache import searching
 from diffcache.budget import Budget, Exact, Quality, Speedup
 from diffcache.call_pattern import CallPattern
+from diffcache.finding import SiteFinder
 from diffcache.fingerprint import graph_fingerprint
+from diffcache.judging import Effort, judge
 from diffcache.memory import in_words
 from diffcache.options import RunOptions
+from diffcache.planning import plan_of
 from diffcache.profile_record import Profile
-from diffcache.profiling import Calibration, SiteFinder, calibrate
+from diffcache.profiling import MAX_SITES, Calibration, calibrate
 from diffcache.progress import Report, display
 from diffcache.recipes import Recipe, evenly
-from diffcache.report import CompileReport, relative_error
 from diffcache.runtime import CachedDenoiser
 from diffcache.saving import attach
-from diffcache.schedule import Schedule, SiteChoice
+from diffcache.schedule import Schedule
 from diffcache.targets import Sample, Target, find_targets
 from diffcache.tracing.captured import Captured
 from diffcache.tracing.errors import CaptureError
+
+ALL_SITES = 100_000  # a recipe may be about any of them
 
 
 def profile(
@@ -135,7 +138,7 @@ def compile(
         "offload_history": offload_history,
     }
     RunOptions(**({"backend": backend} if backend is not None else {}), **run_options)  # type: ignore[arg-type]
-    effort = _Effort(
+    effort = Effort(
         budget,
         recipe,
         proposals,
@@ -162,29 +165,8 @@ def compile(
     return attach(model, cached)
 
 
-@dataclass(frozen=True)
-class _Effort:
-    """What is asked for, and how much may be tried for it."""
-
-    budget: Budget
-    recipe: Recipe | None
-    proposals: int
-    judge_prompts: int
-    sensitivity_prompts: int
-    leaf_modules: tuple[Any, ...]
-    sites: tuple[str, ...] | None = None
-
-    @property
-    def searches(self) -> bool:
-        return self.recipe is None and not isinstance(self.budget, Exact)
-
-    @property
-    def exact(self) -> bool:
-        return self.recipe is None and isinstance(self.budget, Exact)
-
-
 def _compile_one(
-    target: Target, prompts: int, effort: _Effort, options: dict[str, Any], report: Report
+    target: Target, prompts: int, effort: Effort, options: dict[str, Any], report: Report
 ) -> CachedDenoiser:
     calibration = calibrate(
         target.denoiser,
@@ -194,10 +176,11 @@ def _compile_one(
         leaf_modules=effort.leaf_modules,
         sensitivity_prompts=min(effort.sensitivity_prompts, prompts) if effort.searches else 0,
         min_steps=1 if effort.exact else 4,
+        most_sites=ALL_SITES if effort.recipe is not None else MAX_SITES,
         report=report,
     )
-    candidates = _candidates(calibration, effort, RunOptions(**options))
-    return _judge(calibration, target, candidates, effort, options, report)
+    candidates = _candidates(calibration, target, effort, RunOptions(**options))
+    return judge(calibration, target, candidates, effort, options, report)
 
 
 def _tell(denoiser: CachedDenoiser, verbose: bool | None) -> None:
@@ -215,33 +198,27 @@ def _watched(verbose: bool | None) -> bool:
     return sys.stderr.isatty() if verbose is None else verbose
 
 
-def site_choices(calibration: Calibration) -> list[SiteChoice]:
-    """What recipes choose from: every site of the capture."""
-    total = calibration.profile.total_flops
-    return [SiteChoice(s.name, s.residual, s.flops_saved / total, s.role) for s in calibration.sites.values()]
-
-
-def _candidates(calibration: Calibration, effort: _Effort, options: RunOptions) -> list[Schedule]:
+def _candidates(calibration: Calibration, target: Target, effort: Effort, options: RunOptions) -> list[Schedule]:
     """Schedules to judge. Raises ValueError if a budget that asked for reuse gets none."""
     record, budget = calibration.profile, effort.budget
     if effort.recipe is not None:
-        found = [effort.recipe.schedule(record.steps, site_choices(calibration))]
+        found = [effort.recipe.schedule(plan_of(calibration, target.generate, effort.prompts_to_judge(calibration)))]
     elif isinstance(budget, Exact):
         found = [Schedule.exact(record.steps)]
     else:
         found = _searched(calibration, effort, options)
         found += [s for s in _baselines(calibration, budget, found) if _excess(calibration, s, options) <= 0]
-    if not found or (not effort.exact and all(s.flops_fraction >= 1.0 for s in found)):
+    if not found or (not effort.exact and all(s.flops_fraction >= 1.0 and not s.is_online for s in found)):
         raise ValueError(
             f"{effort.recipe or budget} leaves nothing to reuse for {calibration.name}: every schedule within it "
             "computes all steps. Ask for less quality, or pass budget=diffcache.Exact() if only exact passes are "
             "wanted."
         )
-    graph = graph_fingerprint(calibration.captured.graph_module.graph)
+    graph = graph_fingerprint(calibration.graph)
     return [replace(schedule, clock=record.clock, fingerprint=graph) for schedule in found]
 
 
-def _searched(calibration: Calibration, effort: _Effort, options: RunOptions) -> list[Schedule]:
+def _searched(calibration: Calibration, effort: Effort, options: RunOptions) -> list[Schedule]:
     """The search's proposals whose history fits, with as many history tensors as fit."""
     wanted = _named_sites(calibration, effort.sites)
     if options.max_cache_bytes is None:
@@ -283,101 +260,10 @@ def _baselines(calibration: Calibration, budget: Budget, found: Sequence[Schedul
     computing = [schedule for schedule in found if schedule.rows]
     if not computing or not isinstance(budget, Speedup):
         return []
-    best, choices = computing[0], site_choices(calibration)
+    best, plan = computing[0], plan_of(calibration)
     site, computed = best.rows[0].site, len(best.computed_steps())
     ways = (("newton", 2), ("taylor", 1), ("taylor", 2))
-    return [evenly(computed=computed, predictor=p, order=o, site=site).schedule(best.steps, choices) for p, o in ways]
-
-
-def _judge(
-    calibration: Calibration,
-    target: Target,
-    candidates: Sequence[Schedule],
-    effort: _Effort,
-    options: dict[str, Any],
-    report: Report,
-) -> CachedDenoiser:
-    """Real generations under each proposal.
-
-    Kept is the one nearest to the uncached results, or under ``Quality`` the fastest of those that are near enough.
-    """
-    judged: list[tuple[float, CachedDenoiser]] = []
-    prompts = min(effort.judge_prompts, len(calibration.references))
-    base = calibration.cached(candidates[0], **options)
-    considered = []
-    for number, schedule in enumerate(candidates):
-        denoiser, errors = base.with_schedule(schedule), []
-        for prompt in range(prompts):
-            report(f"judge schedules of {calibration.name}", number * prompts + prompt, len(candidates) * prompts)
-            errors.append(relative_error(target.generate(denoiser, prompt), calibration.references[prompt]))
-        error = sum(errors) / len(errors)
-        if not error == error:
-            raise ValueError(
-                f"schedule {schedule.origin} gives NaN on calibration prompts; this is a defect, please report it"
-            )
-        considered.append({"origin": schedule.origin, "flops_fraction": schedule.flops_fraction, "error": error})
-        judged.append((error, denoiser))
-    report(f"judge schedules of {calibration.name}", len(candidates) * prompts, len(candidates) * prompts)
-    error, chosen = _best(judged, effort)
-    if chosen.schedule.rows and not chosen.steps_forecast:
-        raise ValueError(
-            f"the schedule {chosen.schedule.origin} never applied to a call of {calibration.name}: nothing would be "
-            "cached; do the sampler's calls differ from one generation to the next?"
-        )
-    chosen.report = _report(calibration, target, chosen, error, considered)
-    object.__setattr__(chosen, "profile", calibration.profile)
-    chosen.reset()
-    return chosen
-
-
-def _best(judged: Sequence[tuple[float, CachedDenoiser]], effort: _Effort) -> tuple[float, CachedDenoiser]:
-    nearest = min(judged, key=lambda pair: pair[0])
-    if not effort.searches or not isinstance(effort.budget, Quality):
-        return nearest
-    allowed = effort.budget.squared_error() ** 0.5
-    within = [pair for pair in judged if pair[0] <= allowed]
-    if not within:
-        warnings.warn(
-            f"no schedule met {effort.budget} on the calibration prompts: the best has a relative L2 error of "
-            f"{nearest[0]:.4f}, {allowed:.4f} was asked for",
-            stacklevel=5,
-        )
-    return min(within, key=lambda pair: (pair[1].schedule.flops_fraction, pair[0]), default=nearest)
-
-
-def _report(
-    calibration: Calibration, target: Target, chosen: CachedDenoiser, error: float, considered: list[dict[str, Any]]
-) -> CompileReport:
-    schedule, record = chosen.schedule, calibration.profile
-    predicted = None
-    if schedule.rows and all(any(s.name == row.site for s in record.sites) for row in schedule.rows):
-        predicted = max(searching.predicted_error(record, schedule), 0.0) ** 0.5
-    names = tuple(row.site for row in schedule.rows)
-    programs = [p for (_, sites), p in chosen._programs.items() if sites == names and len(p.sites) == len(names)]
-    counts = programs[0].counts(schedule)
-    times = []
-    for denoiser in (calibration.captured.denoiser, chosen):
-        start = time.perf_counter()
-        target.generate(denoiser, 0)
-        times.append(time.perf_counter() - start)
-    cached = counts["nodes"] - counts["hoisted"] - counts["kept"] if schedule.rows else 0
-    return CompileReport(
-        denoiser=calibration.name,
-        origin=schedule.origin,
-        steps=schedule.steps,
-        computed=len(schedule.computed_steps()),
-        nodes=counts["nodes"],
-        hoisted=counts["hoisted"],
-        cached=max(cached, 0),
-        kept=counts["kept"],
-        flops_speedup=1.0 / schedule.flops_fraction,
-        predicted_error=predicted,
-        measured_error=error,
-        wall_speedup=times[0] / times[1],
-        sites=tuple(row.site for row in schedule.rows),
-        memory=str(programs[0].memory(schedule, chosen.pattern.streams)) if schedule.rows else None,
-        considered=considered,
-    )
+    return [evenly(computed=computed, predictor=p, order=o, site=site).schedule(plan) for p, o in ways]
 
 
 def _uncached(target: Target, reason: str) -> CachedDenoiser:

@@ -37,6 +37,14 @@ def find_output(graph: fx.Graph) -> fx.Node:
     return next(node for node in reversed(graph.nodes) if node.op == "output")
 
 
+def returned_storages(graph: fx.Graph) -> set[object]:
+    """The memory that the caller gets, seen through the nodes that assemble objects."""
+    found: list[fx.Node] = []
+    for node in find_output(graph).all_input_nodes:
+        found += node.all_input_nodes if node.meta.get("assembles") else [node]
+    return {node.meta.get("storage") for node in found}
+
+
 def count_ops(graph: fx.Graph) -> int:
     """Nodes that do something: no placeholders, attribute reads, output."""
     return sum(node.op.startswith("call_") for node in graph.nodes)

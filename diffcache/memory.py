@@ -57,6 +57,7 @@ def plan_memory(
     device, host = [], []
     for step in range(schedule.steps):
         waiting = {site: len(steps) for site, steps in schedule.live_after(step - 1).items()} if step else {}
+        waiting |= {row.site: min(step, row.keeps) for row in schedule.rows if row.last_online >= step}
         written = schedule.writes(step)
         reads = {row.site: n for row, n in zip(schedule.rows, schedule.structure(step).reads, strict=True)}
         held = {site: waiting.get(site, 0) + (site in written) for site in entries}
@@ -102,10 +103,9 @@ def in_words(size: int) -> str:
     return f"{size} B"
 
 
-def to_device(numbers: Sequence[float], device: torch.device) -> torch.Tensor:
-    """float32 ``[len(numbers)]``, through pinned memory: the host does not wait for what the device has to do."""
-    pinned = device.type == "cuda"
-    return torch.tensor(numbers, dtype=torch.float32, pin_memory=pinned).to(device, non_blocking=pinned)
+def in_full(kept: Kept) -> torch.Tensor:
+    """The value again of what history keeps; of a small one up to its rounding."""
+    return kept[0].to(torch.float32) * kept[1] if isinstance(kept, tuple) else kept
 
 
 Kept = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # a value, or a small one and its scale

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from diffcache.call_pattern import CallPattern, host_value
+from diffcache.deciding import BEFORE
 from diffcache.fingerprint import graph_fingerprint
-from diffcache.gates import StepInfo, make_gate
-from diffcache.memory import in_words, to_device, to_host
-from diffcache.ops import difference_form, relative_change
+from diffcache.gates import make_gate
+from diffcache.memory import Kept, in_full, in_words, to_host
+from diffcache.ops import difference_form
 from diffcache.options import RunOptions
-from diffcache.programs import Program, Programs
+from diffcache.programs import Carried, History, Program, Programs
 from diffcache.report import CompileReport
 from diffcache.schedule import Cell, Forecast, Schedule
 from diffcache.sites import Site
@@ -33,7 +34,14 @@ from diffcache.tracing.variant import Variant
 
 MAX_STREAMS = 16
 _CAPTURING = threading.RLock()  # recording a forward patches torch.nn.Module for the whole process
-SiteFinder = Callable[[Variant, Bound, Sequence[str]], Sequence[Site]]
+
+
+class SiteFinder(Protocol):
+    """Sites and probes of a variant by name, in the order of the names, without those it lacks; FLOPs by node."""
+
+    def __call__(self, variant: Variant, bound: Bound, names: Sequence[str]) -> Sequence[Site]: ...
+
+    def flops(self, variant: Variant, bound: Bound) -> Mapping[str, float]: ...
 
 
 class CachedDenoiser(nn.Module):
@@ -60,14 +68,16 @@ class CachedDenoiser(nn.Module):
         self.report: CompileReport | None = None
         self.graphs: frozenset[str] = frozenset()  # fingerprints of what a loaded schedule was made for
         self._find_sites = find_sites
-        self._programs: dict[tuple[int, tuple[str, ...]], Programs] = {}
+        self._programs: dict[tuple[int, tuple[str, ...], tuple[str, ...]], Programs] = {}
         self._streams: list[Stream] = []
-        self._weights: dict[torch.device, list[dict[int, torch.Tensor]]] = {}
+        self._weights: dict[Any, torch.Tensor] = {}
         self._lock = threading.RLock()
         self._context = threading.local()
         self._said: set[str] = set()
-        self._gate = make_gate(schedule.gate.name, **schedule.gate.options) if schedule.gate is not None else None
-        self.steps_computed = self.steps_forecast = 0
+        gates = [make_gate(spec.name, **spec.options) for spec in schedule.gates]
+        self._probes = tuple(dict.fromkeys(gate.probe for gate in gates if gate.probe not in BEFORE))
+        self._logs: deque[tuple[str, list[str]]] = deque(maxlen=MAX_STREAMS)
+        self.reset()
         self.training = self.denoiser.training
 
     captured: Captured
@@ -110,7 +120,14 @@ class CachedDenoiser(nn.Module):
         """Forget every stream and the counts: the next call starts a generation."""
         with self._lock:
             self._streams.clear()
+            self._logs.clear()
             self.steps_computed = self.steps_forecast = 0
+            self.flops = self.flops_in_full = 0.0
+
+    @property
+    def decisions(self) -> list[tuple[str, list[str]]]:
+        """The newest streams: the guidance branch if it was named, and the printed column of each step so far."""
+        return [(name, list(log)) for name, log in self._logs]
 
     def with_schedule(self, schedule: Schedule) -> CachedDenoiser:
         """The same denoiser under another schedule; captures and programs are shared."""
@@ -164,56 +181,87 @@ class CachedDenoiser(nn.Module):
         programs = self.programs(variant, bound)
         with self._lock:
             stream, step = self._place(bound)
-        schedule, cells = self.schedule, cast("tuple[Cell, ...]", ())
-        forecasts = (
-            step is not None
-            and bool(programs.sites)
-            and any(isinstance(cell, Forecast) for cell in schedule.column(step))
-        )
-        if self._gate is not None and not self._follow(stream, step, bound) and forecasts:
-            forecasts, step_program = False, programs.full()
-        elif step is None or not programs.sites:
-            step_program = programs.full()
-        else:
-            step_program, cells = programs.program(schedule, step), schedule.column(step)
-        leaves = programs.leaves(bound)
+        leaves, column = programs.leaves(bound), None
+        written: History = {}
         try:
-            weights = self._step_weights(step if cells else None, step_program, leaves)
             with variant.restoring(leaves):
                 hoisted = self._hoisted(stream, programs, leaves)
-                result, written = step_program(leaves, hoisted, stream.history, cells, weights)
+                if step is None or not programs.sites:
+                    result, _ = self._count(programs, programs.full())(leaves, hoisted, {}, (), {})
+                else:
+                    stream.deciding.begin(step, input_at(bound, self.pattern.probe))
+                    result, column, written = self._scheduled(stream, programs, leaves, hoisted)
         except GuardFailed:
+            stream.deciding.undo()
             raise
         except BaseException:
             with self._lock:  # an interrupted generation leaves nothing behind
                 self._streams = [s for s in self._streams if s is not stream]
             raise
-        self._advance(stream, step, step_program if cells else None, written, forecasts)
+        self._advance(stream, step, column, written, result)
         return result
+
+    def _scheduled(
+        self, stream: Stream, programs: Programs, leaves: list[Any], hoisted: Sequence[Any]
+    ) -> tuple[Any, list[Cell], History]:
+        """One step segment by segment: each runs, its probes are looked at, and what hangs on them is decided."""
+        deciding, step = stream.deciding, stream.deciding.step
+        column: list[Cell] = list(self.schedule.column(step))
+        carried: Carried = {}
+        written: History = {}
+        result: Any = None
+        for segment, rows in enumerate(programs.rows):
+            for row, cell in deciding.cells(rows).items():
+                column[row] = cell
+            program = self._count(programs, programs.program(self.schedule, step, column, segment))
+            weights = self._step_weights(program, column, leaves)
+            result, kept = program(leaves, hoisted, stream.history, column, weights, carried)
+            for (row, value), tensor in zip(program.writes, kept, strict=True):
+                written[row, value, step] = tensor
+            for name, probe in zip(program.probes, result if program.probes else (), strict=True):
+                for number, gate in enumerate(deciding.gates):
+                    if gate.probe == name:
+                        deciding.decide(number, probe.detach())
+        return result, column, written
+
+    def _count(self, programs: Programs, program: Program) -> Program:
+        self.flops += program.flops
+        self.flops_in_full += programs.full().flops if not program.probes else 0.0
+        return program
 
     def programs(self, variant: Variant, bound: Bound) -> Programs:
         """The programs of a variant; its sites are found by name, so a schedule applies at another resolution."""
         names = tuple(row.site for row in self.schedule.rows)
-        found = self._programs.get((id(variant), names))
+        key = (id(variant), names, self._probes)
+        found = self._programs.get(key)
         if found is None:
-            sites = self._find_sites(variant, bound, names) if names else ()
-            if len(sites) != len(names):
-                missing = sorted(set(names) - {site.name for site in sites})
-                self.say_once(f"sites {missing} are not in the graph of this call, which is computed in full")
+            wanted = (*names, *self._probes)
+            sites = self._find_sites(variant, bound, wanted) if names else ()
+            if len(sites) != len(wanted):
+                missing = sorted(set(wanted) - {site.name for site in sites})
+                if names:
+                    self.say_once(f"sites {missing} are not in the graph of this call, which is computed in full")
                 sites = ()
             if names and self.graphs and graph_fingerprint(variant.graph_module.graph) not in self.graphs:
                 self.say_once(
                     "graph of this call is not the one the schedule was calibrated on; compile again if it drifts"
                 )
-            found = self._make_programs(variant, sites, names)
+            found = self._make_programs(variant, bound, sites, names)
             if sites and not self._fits(found):
-                found = self._make_programs(variant, (), names)
-            self._programs[id(variant), names] = found
+                found = self._make_programs(variant, bound, (), names)
+            self._programs[key] = found
         return found
 
-    def _make_programs(self, variant: Variant, sites: Sequence[Site], names: Sequence[str]) -> Programs:
-        title = self._program_title(names)
-        return Programs(variant, self.pattern.invariant, sites, options=self.options, title=title)
+    def _make_programs(self, variant: Variant, bound: Bound, sites: Sequence[Site], names: Sequence[str]) -> Programs:
+        return Programs(
+            variant,
+            self.pattern.invariant,
+            sites[: len(names)],
+            probes=sites[len(names) :],
+            flops=self._find_sites.flops(variant, bound),
+            options=self.options,
+            title=self._program_title(names),
+        )
 
     def _fits(self, programs: Programs) -> bool:
         """Whether history stays within ``max_cache_bytes`` at the shapes of this call."""
@@ -266,25 +314,12 @@ class CachedDenoiser(nn.Module):
         return caller, expected
 
     def _begin(self, owner: tuple[Any, ...], invariants: list[Any], on_schedule: bool = True) -> Stream:
-        stream = Stream(owner, invariants)
+        stream = Stream(owner, invariants, self.schedule)
         stream.on_schedule = on_schedule
+        self._logs.append((owner[0], stream.deciding.log))
         self._streams.append(stream)
         del self._streams[:-MAX_STREAMS]
         return stream
-
-    def _follow(self, stream: Stream, step: int | None, bound: Bound) -> bool:
-        """Ask the gate whether a forecast may be used at this step. Reads one number on the host."""
-        if self._gate is None or self.pattern.probe is None or step is None:
-            return True
-        probe = tree.follow(bound, self.pattern.probe).detach()
-        changes = [0.0] * len(probe)
-        if stream.probe is not None:
-            changes = relative_change(probe, stream.probe).tolist()
-        stream.probe = probe.clone()
-        # samples of one batch share the decision: the one that moved most makes it
-        before = stream.accumulated if len(stream.accumulated) == len(changes) else [0.0] * len(changes)
-        stream.accumulated = [total + change for total, change in zip(before, changes, strict=True)]
-        return self._gate(StepInfo(step, stream.since + 1, _most(changes), _most(stream.accumulated)))
 
     def _hoisted(self, stream: Stream, programs: Programs, leaves: list[Any]) -> Sequence[Any]:
         if programs.prologue is None:
@@ -295,40 +330,45 @@ class CachedDenoiser(nn.Module):
             known = stream.hoisted[programs] = (state, programs.prologue(*leaves))
         return known[1]
 
-    def _step_weights(self, step: int | None, program: Program, leaves: list[Any]) -> dict[int, torch.Tensor]:
-        if step is None or not program.weights:
-            return {}
+    def _step_weights(self, program: Program, column: Sequence[Cell], leaves: list[Any]) -> dict[int, torch.Tensor]:
         device = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), torch.device("cpu"))
-        if device not in self._weights:  # of all steps at once: later ones find theirs on the device
-            self._weights[device] = [
-                {
-                    row: to_device(difference_form(cell.weights), device)
-                    for row, cell in enumerate(self.schedule.column(each))
-                    if isinstance(cell, Forecast)
-                }
-                for each in range(self.schedule.steps)
-            ]
-        return self._weights[device][step]
+        return {row: self._on_device(column[row].weights, device) for row in program.weights}  # type: ignore[union-attr]
 
-    def _advance(self, stream: Stream, step: int | None, program: Program | None, written: Any, forecast: bool) -> None:
+    def _on_device(self, weights: tuple[float, ...], device: torch.device) -> torch.Tensor:
+        """Weights in difference form; each is copied to the device once."""
+        found = self._weights.get((weights, device))
+        if found is None:
+            host = torch.tensor(difference_form(weights), dtype=torch.float32, pin_memory=device.type == "cuda")
+            found = self._weights[weights, device] = host.to(device, non_blocking=True)
+        return found
+
+    def _advance(
+        self, stream: Stream, step: int | None, column: Sequence[Cell] | None, written: History, result: Any
+    ) -> None:
+        forecast = column is not None and any(isinstance(cell, Forecast) for cell in column)
         self.steps_forecast += forecast
         self.steps_computed += not forecast
         if step is None:
             return
-        if program is not None:
-            for (row, value), tensor in zip(program.writes, written, strict=True):
-                kept = tensor if isinstance(tensor, tuple) or not tensor.requires_grad else tensor.detach()
-                stream.history[row, value, step] = to_host(kept) if self.options.offload_history else kept
-        live = self.schedule.live_after(step)
-        rows = {row: set(live.get(r.site, ())) for row, r in enumerate(self.schedule.rows)}
-        stream.history = {key: t for key, t in stream.history.items() if key[2] in rows[key[0]]}
-        stream.position = step
-        stream.since = stream.since + 1 if forecast else 0
-        if not forecast:
-            stream.accumulated = []
+        if column is not None:
+            stream.deciding.finish(column, self._watched(stream, written, result))
+        kept = {key: _detached(value) for key, value in written.items()}
+        stream.keep(step, {key: to_host(v) for key, v in kept.items()} if self.options.offload_history else kept)
         if step == self.schedule.steps - 1:
             with self._lock:
                 self._streams = [s for s in self._streams if s is not stream]
+
+    def _watched(self, stream: Stream, written: History, result: Any) -> dict[int, list[torch.Tensor]]:
+        """What each gate of the stream watches, at this step."""
+        seen: dict[int, list[torch.Tensor]] = {}
+        for number, gate in enumerate(stream.deciding.gates):
+            if gate.watch == "output":
+                tensors = (leaf for _, leaf in tree.walk(result) if isinstance(leaf, torch.Tensor))
+                seen[number] = [next(tensors).detach()]
+            elif gate.watch == "rows":
+                rows = set(stream.deciding.rows_of[number])
+                seen[number] = [in_full(kept).detach() for (row, _, _), kept in written.items() if row in rows]
+        return seen
 
     def say_once(self, message: str) -> None:
         kind = message.partition(" ")[0]
@@ -342,6 +382,5 @@ class CachedDenoiser(nn.Module):
         return f"schedule of {len(self.schedule.rows)} sites x {self.schedule.steps} steps"
 
 
-def _most(values: Sequence[float]) -> float:
-    """The largest; NaN if there is one, so that it is never forecast."""
-    return next((v for v in values if math.isnan(v)), max(values, default=0.0))
+def _detached(kept: Kept) -> Kept:
+    return kept if isinstance(kept, tuple) or not kept.requires_grad else kept.detach()

@@ -8,67 +8,50 @@ Steps count from 0 in the order of execution, whatever the sampler's time does.
 
 from __future__ import annotations
 
-import enum
 import json
-import math
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
+
+from diffcache.cells import (
+    COMPUTE,
+    SKIP,
+    Action,
+    Cell,
+    Forecast,
+    GateSpec,
+    Online,
+    cell_from_json,
+    cell_to_json,
+    character,
+)
 
 FORMAT = "diffcache.schedule"
 VERSION = 1
 
 
-class Action(enum.Enum):
-    """What a cell says when it is no forecast; the value is the cell's character in the printed grid."""
-
-    COMPUTE = "C"
-    SKIP = "."
-
-
-COMPUTE = Action.COMPUTE
-SKIP = Action.SKIP
-
-
-@dataclass(frozen=True, slots=True)
-class Forecast:
-    """The value of a site at this step is ``sum_k weights[k] * (its value computed at steps[k])``.
-
-    ``steps`` are newest first. Every linear predictor of the literature is such a weight vector.
-    """
-
-    steps: tuple[int, ...]
-    weights: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if not self.steps:
-            raise ValueError("a forecast has no steps to read; give at least one computed step, or use COMPUTE")
-        if len(self.steps) != len(self.weights):
-            raise ValueError(
-                f"a forecast has {len(self.steps)} steps but {len(self.weights)} weights; give one per step"
-            )
-        if any(older >= newer for newer, older in zip(self.steps, self.steps[1:], strict=False)):
-            raise ValueError(f"forecast steps {self.steps} must be newest first and without duplicates")
-        if not all(math.isfinite(weight) for weight in self.weights):
-            raise ValueError(f"forecast weights {self.weights} must be finite")
-
-    @property
-    def is_reuse(self) -> bool:
-        """Whether this repeats one earlier value unchanged, which needs no arithmetic at all."""
-        return self.weights == (1.0,)
-
-
-Cell = Action | Forecast
-
-
 @dataclass(frozen=True)
 class Row:
-    """All decisions about one site; ``residual`` says that ``value - anchor`` is cached instead of the value."""
+    """All decisions about one site; ``residual`` says that ``value - anchor`` is cached instead of the value.
+
+    ``gate`` may veto a forecast at run time; rows with equal gates share its decisions.
+    """
 
     site: str
     residual: bool
     cells: tuple[Cell, ...]
+    gate: GateSpec | None = None
+
+    @property
+    def keeps(self) -> int:
+        """How many of the newest computed values its online cells read."""
+        return max((cell.history for cell in self.cells if isinstance(cell, Online)), default=0)
+
+    @cached_property
+    def last_online(self) -> int:
+        """The last step that is decided at run time; -1 for none."""
+        return max((step for step, cell in enumerate(self.cells) if isinstance(cell, Online)), default=-1)
 
     def last_reads(self) -> dict[int, int]:
         """Computed step -> the last step whose forecast reads it; steps that nobody reads are missing."""
@@ -79,36 +62,24 @@ class Row:
         return reads
 
 
-@dataclass(frozen=True)
-class GateSpec:
-    """Name and options of a run-time gate (see ``gates.py``); options must survive JSON."""
-
-    name: str
-    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
-
-    def __post_init__(self) -> None:
-        try:
-            survives = json.loads(json.dumps(dict(self.options), allow_nan=False)) == dict(self.options)
-        except (TypeError, ValueError):
-            survives = False
-        if not survives:
-            raise ValueError(
-                f"options of gate '{self.name}' must be plain JSON values (numbers, strings, lists), got {self.options}"
-            )
-
-
 @dataclass(frozen=True, slots=True)
 class SiteChoice:
     """What a recipe needs to know about a site: the share of one call's FLOPs it saves, and its role in the denoiser.
 
     ``role`` is "stack" (the residual of the repeated blocks), "output" (the result of the denoiser), "deepest" (the
-    cheapest cut by bytes, such as the deep features of a U-Net), or empty.
+    cheapest cut by bytes, such as the deep features of a U-Net), or empty. ``depth``, ``blocks``, ``kind``, ``level``
+    and ``side`` are those of ``sites.Site``: which block of how many, what an attention looks at, and the place in a U.
     """
 
     name: str
     residual: bool
     flops_fraction_saved: float
     role: str = ""
+    depth: int = -1
+    blocks: int = 0
+    kind: str = ""
+    level: int = -1
+    side: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +108,6 @@ class Schedule:
     rows: tuple[Row, ...] = ()
     fingerprint: str = ""
     clock: tuple[float, ...] = ()
-    gate: GateSpec | None = None
     origin: str = ""
     flops_fraction: float = 1.0
 
@@ -168,14 +138,36 @@ class Schedule:
         return tuple(row.cells[step] for row in self.rows)
 
     def computed_steps(self) -> tuple[int, ...]:
-        """Steps at which no site is forecast: the denoiser runs in full."""
-        forecast = {step for row in self.rows for step, cell in enumerate(row.cells) if isinstance(cell, Forecast)}
+        """Steps at which no site is or may be forecast: the denoiser runs in full."""
+        forecast = {step for row in self.rows for step, cell in enumerate(row.cells) if not isinstance(cell, Action)}
         return tuple(step for step in range(self.steps) if step not in forecast)
 
-    def writes(self, step: int) -> frozenset[str]:
-        """Sites whose value computed at this step is read by a later forecast; no other value need be kept."""
+    @cached_property
+    def gates(self) -> tuple[GateSpec, ...]:
+        """The different gates of the rows, in their order."""
+        found: list[GateSpec] = []
+        for row in self.rows:
+            if row.gate is not None and row.gate not in found:
+                found.append(row.gate)
+        return tuple(found)
+
+    @property
+    def is_online(self) -> bool:
+        """Whether anything is decided at run time."""
+        return bool(self.gates) or any(row.keeps for row in self.rows)
+
+    def writes(self, step: int, column: Sequence[Cell] | None = None) -> frozenset[str]:
+        """Sites whose value computed at this step is (or may be) read by a later forecast; no other need be kept.
+
+        ``column`` is what was decided at run time; by default online cells count as computed.
+        """
         self._checked(step)
-        return frozenset(row.site for row, reads in zip(self.rows, self._last_reads, strict=True) if step in reads)
+        decided = self.column(step) if column is None else column
+        return frozenset(
+            row.site
+            for row, reads, cell in zip(self.rows, self._last_reads, decided, strict=True)
+            if step in reads or (row.last_online > step and (cell is COMPUTE or isinstance(cell, Online)))
+        )
 
     def live_after(self, step: int) -> dict[str, tuple[int, ...]]:
         """Site -> the computed steps (newest first) whose values a forecast after ``step`` still reads."""
@@ -186,11 +178,11 @@ class Schedule:
         }
         return {site: steps for site, steps in live.items() if steps}
 
-    def structure(self, step: int) -> Structure:
-        """What the program of this step depends on."""
-        column = self.column(step)
-        reads = tuple(len(cell.steps) if isinstance(cell, Forecast) else 0 for cell in column)
-        return Structure("".join(map(_character, column)), reads, self.writes(step))
+    def structure(self, step: int, column: Sequence[Cell] | None = None) -> Structure:
+        """What the program of this step depends on; ``column`` is what was decided at run time."""
+        cells = self.column(step) if column is None else tuple(column)
+        reads = tuple(len(cell.steps) if isinstance(cell, Forecast) else 0 for cell in cells)
+        return Structure("".join(map(character, cells)), reads, self.writes(step, cells))
 
     def distinct_columns(self) -> dict[Structure, tuple[int, ...]]:
         """Structure -> the steps that share it, in the order of first appearance: one program is needed for each."""
@@ -230,9 +222,13 @@ class Schedule:
             "fingerprint": self.fingerprint,
             "flops_fraction": self.flops_fraction,
             "clock": list(self.clock),
-            "gate": None if self.gate is None else {"name": self.gate.name, "options": dict(self.gate.options)},
             "rows": [
-                {"site": row.site, "residual": row.residual, "cells": [_cell_to_json(c) for c in row.cells]}
+                {
+                    "site": row.site,
+                    "residual": row.residual,
+                    "gate": None if row.gate is None else {"name": row.gate.name, "options": dict(row.gate.options)},
+                    "cells": [cell_to_json(cell) for cell in row.cells],
+                }
                 for row in self.rows
             ],
         }
@@ -243,16 +239,11 @@ class Schedule:
         """Read what ``to_json`` wrote. Raises ValueError for anything else, and for files of a newer version."""
         document = _read_document(text)
         try:
-            gate = document["gate"]
             return cls(
                 steps=document["steps"],
-                rows=tuple(
-                    Row(str(row["site"]), bool(row["residual"]), tuple(_cell_from_json(c) for c in row["cells"]))
-                    for row in document["rows"]
-                ),
+                rows=tuple(_row_from_json(row) for row in document["rows"]),
                 fingerprint=document["fingerprint"],
                 clock=tuple(float(value) for value in document["clock"]),
-                gate=None if gate is None else GateSpec(gate["name"], gate["options"]),
                 origin=document["origin"],
                 flops_fraction=float(document["flops_fraction"]),
             )
@@ -262,14 +253,14 @@ class Schedule:
             ) from error
 
     def __str__(self) -> str:
-        """The readable grid: C compute, r reuse, f forecast, . skipped inside another site's forecast."""
+        """The readable grid: C compute, r reuse, f forecast, g gated, . skipped inside another site's forecast."""
         programs = len(self.distinct_columns())
         lines = [
             f"schedule: {len(self.rows)} sites x {self.steps} steps, "
             f"{100 * self.flops_fraction:.0f} % of FLOPs computed, {programs} programs"
         ]
         width = max((len(row.site) for row in self.rows), default=4)
-        lines += [f"  {row.site:<{width}}  {''.join(map(_character, row.cells))}" for row in self.rows]
+        lines += [f"  {row.site:<{width}}  {''.join(map(character, row.cells))}" for row in self.rows]
         ruler = "".join(f"{step:<5}" for step in range(0, self.steps, 5)).rstrip()
         return "\n".join([*lines, f"  {'step':<{width}}  {ruler}"])
 
@@ -286,10 +277,12 @@ def _check_row(row: Row, steps: int) -> None:
     if len(row.cells) != steps:
         raise ValueError(f"site '{row.site}' has {len(row.cells)} cells but the schedule has {steps} steps")
     for step, cell in enumerate(row.cells):
-        if isinstance(cell, Action):
+        if isinstance(cell, Action | Online):
             continue
         if not isinstance(cell, Forecast):
-            raise ValueError(f"site '{row.site}' has {cell!r} at step {step}; expected COMPUTE, SKIP or a Forecast")
+            raise ValueError(
+                f"site '{row.site}' has {cell!r} at step {step}; expected COMPUTE, SKIP, a Forecast or Online"
+            )
         if not any(earlier is COMPUTE for earlier in row.cells[:step]):
             raise ValueError(f"site '{row.site}' forecasts step {step}, but nothing is cached yet; compute it earlier")
         for read in cell.steps:
@@ -306,29 +299,17 @@ def _check_row(row: Row, steps: int) -> None:
 
 def _check_column(rows: tuple[Row, ...], step: int) -> None:
     skipped = [row.site for row in rows if row.cells[step] is SKIP]
-    if skipped and not any(isinstance(row.cells[step], Forecast) for row in rows):
+    if skipped and all(isinstance(row.cells[step], Action) for row in rows):
         raise ValueError(
             f"sites {skipped} are skipped at step {step}, but no site is forecast there that could contain them; "
             "compute them, or forecast the site around them"
         )
 
 
-def _character(cell: Cell) -> str:
-    if isinstance(cell, Action):
-        return cell.value
-    return "r" if cell.is_reuse else "f"
-
-
-def _cell_to_json(cell: Cell) -> str | dict[str, list[int] | list[float]]:
-    if isinstance(cell, Action):
-        return cell.value
-    return {"steps": list(cell.steps), "weights": list(cell.weights)}
-
-
-def _cell_from_json(cell: Any) -> Cell:
-    if isinstance(cell, str):
-        return Action(cell)
-    return Forecast(tuple(int(step) for step in cell["steps"]), tuple(float(weight) for weight in cell["weights"]))
+def _row_from_json(row: dict[str, Any]) -> Row:
+    gate = row.get("gate")
+    spec = None if gate is None else GateSpec(gate["name"], gate["options"])
+    return Row(str(row["site"]), bool(row["residual"]), tuple(map(cell_from_json, row["cells"])), spec)
 
 
 def _read_document(text: str) -> dict[str, Any]:

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from diffcache.deciding import Deciding
 from diffcache.programs import History, Programs
+from diffcache.schedule import Schedule
 from diffcache.tracing import tree
 from diffcache.tracing.session import Bound
 
@@ -16,22 +18,29 @@ from diffcache.tracing.session import Bound
 class Stream:
     """The calls of one generation with one condition: where it is, what it keeps, what was hoisted for it."""
 
-    def __init__(self, owner: tuple[Any, ...], invariants: list[Any]):
-        self.owner = owner
+    def __init__(self, owner: tuple[Any, ...], invariants: list[Any], schedule: Schedule):
+        self.owner, self.schedule = owner, schedule
         self.invariants = [(leaf, version(leaf)) for leaf in invariants]
+        self.restart()
+
+    def restart(self) -> None:
         self.position = -1
         self.on_schedule = True
         self.history: History = {}
         self.hoisted: dict[Programs, tuple[Any, Sequence[Any]]] = {}
-        self.probe: torch.Tensor | None = None
         self.latent: Any = None
-        self.accumulated: list[float] = []  # change of the probe since the last computed step, of each sample
-        self.since = 0
+        self.deciding = Deciding(self.schedule)
 
-    def restart(self) -> None:
-        self.position, self.on_schedule = -1, True
-        self.history, self.hoisted, self.probe, self.latent = {}, {}, None, None
-        self.accumulated, self.since = [], 0
+    def keep(self, step: int, written: History) -> None:
+        """A step has run: add what it wrote to history, and forget what no later step reads."""
+        self.history |= written
+        live = self.schedule.live_after(step)
+        wanted = [
+            {*live.get(row.site, ()), *(made[: row.keeps] if row.last_online > step else ())}
+            for row, made in zip(self.schedule.rows, self.deciding.made, strict=True)
+        ]
+        self.history = {key: kept for key, kept in self.history.items() if key[2] in wanted[key[0]]}
+        self.position = step
 
     def serves(self, owner: tuple[Any, ...], invariants: list[Any]) -> bool:
         return (

@@ -17,12 +17,13 @@ Needs nothing from earlier passes; what became dead stays until ``eliminate_dead
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import fx
 
-from diffcache.graphs import find_output
+from diffcache.graphs import find_output, returned_storages
 from diffcache.liveness import live_nodes
 from diffcache.memory import can_be_small
 from diffcache.ops import extrapolate, quantize
@@ -42,52 +43,56 @@ def apply_schedule(
     Raises:
         ValueError: a site's node is not in this graph.
     """
-    graph = gm.graph
-    nodes = {node.meta.get("captured_as", node.name): node for node in graph.nodes}
-    end = find_output(graph)
-    returned = {node.meta.get("storage") for node in _returned(end)}
+    graph, end = gm.graph, find_output(gm.graph)
+    places = list(_places(gm, sites, cells))
+    returned = gm.meta["returned"] if "returned" in gm.meta else returned_storages(graph)
     last = _last_placeholder(graph)
     gm.meta.update(history=[], weights=[], writes=[])
-    _drop_blind_guards(graph, sites, cells, nodes)
+    _drop_blind_guards(graph, places)
     written = []
-    for row, (site, cell) in enumerate(zip(sites, cells, strict=True)):
-        for index, (value, anchor) in enumerate(_resolve(site, nodes)):
-            if cell is COMPUTE:
-                written.append(_kept(graph, value, anchor, returned, small))
-                gm.meta["writes"].append((row, index))
-            elif isinstance(cell, Forecast):
-                copied = value.meta.get("storage") in returned
-                last = _forecast(gm, last, value, anchor, (row, index), cell, copied, small)
+    for place in places:
+        if place.cell is COMPUTE:
+            written.append(_kept(graph, place.value, place.anchor, returned, small))
+            gm.meta["writes"].append((place.row, place.part))
+        elif isinstance(place.cell, Forecast):
+            last = _forecast(gm, last, place, place.value.meta.get("storage") in returned, small)
     end.args = ((end.args[0], tuple(written)),)
     return gm
 
 
-def _drop_blind_guards(
-    graph: fx.Graph, sites: Sequence[Site], cells: Sequence[Cell], nodes: dict[str, fx.Node]
-) -> None:
+class _Place(NamedTuple):
+    """One value of a site in this graph; ``part`` counts the values of the site."""
+
+    row: int
+    part: int
+    cell: Cell
+    value: fx.Node
+    anchor: fx.Node | None
+
+
+def _places(gm: fx.GraphModule, sites: Sequence[Site], cells: Sequence[Cell]) -> Iterator[_Place]:
+    """The values that are made in this graph; of a segment these may be some of a site's."""
+    nodes = {node.meta.get("captured_as", node.name): node for node in gm.graph.nodes}
+    own = gm.meta.get("own")
+    for row, (site, cell) in enumerate(zip(sites, cells, strict=True)):
+        pairs = list(enumerate(zip(site.values, site.anchors, strict=True)))
+        here = [pair for pair in pairs if own is None or pair[1][0] in own]
+        missing = [name for _, pair in here for name in filter(None, pair) if name not in nodes]
+        if missing:
+            raise ValueError(
+                f"site '{site.name}' names nodes {missing} that this graph lacks; find the sites of this capture"
+            )
+        for index, (value, anchor) in here:
+            yield _Place(row, index, cell, nodes[value], nodes[anchor] if anchor else None)
+
+
+def _drop_blind_guards(graph: fx.Graph, places: Sequence[_Place]) -> None:
     """Guards on values inside a forecast region go with it: they must not keep it alive."""
-    places = [(cell, place) for site, cell in zip(sites, cells, strict=True) for place in _resolve(site, nodes)]
-    replaced = {value for cell, (value, _) in places if isinstance(cell, Forecast)}
-    kept = [value for cell, (value, _) in places if cell is COMPUTE] + [anchor for _, (_, anchor) in places if anchor]
+    replaced = {place.value for place in places if isinstance(place.cell, Forecast)}
+    kept = [place.value for place in places if place.cell is COMPUTE] + [p.anchor for p in places if p.anchor]
     live = live_nodes(graph, replaced, kept)
     for node in [node for node in graph.nodes if node.meta.get("guard") and node not in live]:
         graph.erase_node(node)
-
-
-def _resolve(site: Site, nodes: dict[str, fx.Node]) -> list[tuple[fx.Node, fx.Node | None]]:
-    missing = [name for name in (*site.values, *(a for a in site.anchors if a)) if name not in nodes]
-    if missing:
-        raise ValueError(
-            f"site '{site.name}' names nodes {missing} that this graph lacks; find the sites of this capture"
-        )
-    return [(nodes[v], nodes[a] if a else None) for v, a in zip(site.values, site.anchors, strict=True)]
-
-
-def _returned(end: fx.Node) -> list[fx.Node]:
-    found = []
-    for node in end.all_input_nodes:
-        found += node.all_input_nodes if node.meta.get("assembles") else [node]
-    return found
 
 
 def _last_placeholder(graph: fx.Graph) -> fx.Node:
@@ -111,13 +116,13 @@ def _kept(
     return kept
 
 
-def _forecast(
-    gm: fx.GraphModule, last: fx.Node, value: fx.Node, anchor: fx.Node | None, place: tuple[int, int], cell: Forecast,
-    returned: bool, small: torch.dtype | None,
-) -> fx.Node:  # fmt: skip
-    """Put the forecast in the place of ``value``; returns the last placeholder."""
-    graph, (row, index) = gm.graph, place
-    history, spec = [], value.meta.get("val")
+def _forecast(gm: fx.GraphModule, last: fx.Node, place: _Place, returned: bool, small: torch.dtype | None) -> fx.Node:
+    """Put the forecast in the place of the value; returns the last placeholder."""
+    row, index, cell, value, anchor = place
+    assert isinstance(cell, Forecast)
+    graph = gm.graph
+    history: list[fx.Node] = []
+    spec = value.meta.get("val")
     small_of = spec.dtype if isinstance(spec, TensorSpec) and can_be_small(spec, small) else None
     for kind in ("history", "scale") if small_of is not None else ("history",):
         for age in range(len(cell.steps)):

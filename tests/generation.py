@@ -16,7 +16,7 @@ import diffcache
 from diffcache.profiling import Calibration
 from diffcache.recipes import Recipe
 from diffcache.runtime import CachedDenoiser
-from diffcache.schedule import COMPUTE, Forecast, Row, Schedule
+from diffcache.schedule import COMPUTE, Forecast, GateSpec, Online, Row, Schedule
 from tests.plain_denoisers import Block, timestep_embedding
 
 STEPS = 8
@@ -163,21 +163,40 @@ def shared_calibration() -> Calibration:
     return calibration()
 
 
-def row(site: Any, cells: str, weights: Sequence[float] = (2.0, -1.0)) -> Row:
-    """A row from its printed form: C compute, r reuse the newest, f forecast from the newest ``len(weights)``."""
+def row(
+    site: Any,
+    cells: str,
+    weights: Sequence[float] = (2.0, -1.0),
+    gate: GateSpec | None = None,
+    online: Online = Online(),  # noqa: B008  (frozen)
+) -> Row:
+    """A row from its printed form.
+
+    C compute, r reuse the newest, f forecast from the newest ``len(weights)``, g what ``online`` and the gate say.
+    """
     made: list[Any] = []
     for step, letter in enumerate(cells):
+        if letter == "g":
+            made.append(online)
+            continue
         computed = [s for s in range(step - 1, -1, -1) if made[s] is COMPUTE]
         count = 1 if letter == "r" else min(len(weights), len(computed))
         chosen = (1.0,) if count == 1 else tuple(weights[:count])
         made.append(COMPUTE if letter == "C" else Forecast(tuple(computed[:count]), chosen))
-    return Row(site.name, site.residual, tuple(made))
+    return Row(site.name, site.residual, tuple(made), gate)
 
 
-def schedule_of(found: Calibration, rows: dict[str, str], **options: Any) -> Schedule:
+def schedule_of(
+    found: Calibration,
+    rows: dict[str, str],
+    gate: GateSpec | None = None,
+    online: Online = Online(),  # noqa: B008  (frozen)
+    weights: Sequence[float] = (2.0, -1.0),
+    **options: Any,
+) -> Schedule:
     """A schedule from printed rows, by site name or role."""
     sites = {**{s.role: s for s in found.sites.values()}, **found.sites}
-    made = tuple(row(sites[name], cells) for name, cells in rows.items())
+    made = tuple(row(sites[name], cells, weights, gate, online) for name, cells in rows.items())
     return Schedule(found.pattern.steps, made, clock=found.profile.clock, **options)
 
 

@@ -1,45 +1,55 @@
-"""Gates and budgets: limits, refusals."""
+"""Gates and budgets: limits, refusals, what a gate is shown."""
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 
 from diffcache.budget import Quality, Speedup
-from diffcache.gates import StepInfo, make_gate
+from diffcache.gates import Moment, make_gate
 
 
-def info(since: int = 1, accumulated: float = 0.0) -> StepInfo:
-    return StepInfo(step=5, since_compute=since, change=accumulated, accumulated=accumulated)
+def follows(gate: Any, since: int = 1, *changes: float) -> bool:
+    return bool(np.all(gate.follow(Moment(step=5, steps=10, since=since), np.array([changes]).T)))
 
 
 def test_always() -> None:
-    assert make_gate("always")(info(accumulated=math.inf))
+    assert follows(make_gate("always"), 1, math.inf)
 
 
 def test_accumulated_change() -> None:
-    gate = make_gate("accumulated_change", budget=0.2, max_since=3)
-    assert gate(info(3, 0.19))
-    assert not gate(info(3, 0.2))
-    assert not gate(info(4, 0.0))
-    assert not gate(info(1, math.nan))
-    assert not make_gate("accumulated_change", budget=0.0)(info(1, 0.0))
+    gate = make_gate("accumulated_change", threshold=0.2, max_since=3)
+    assert follows(gate, 1, 0.1)
+    assert follows(gate, 2, 0.09)
+    assert not follows(gate, 3, 0.02)
+    gate.done(Moment(5, 10, 3), computed=True)
+    assert follows(gate, 1, 0.19)
+    assert not follows(gate, 4, 0.0)
+    assert not follows(gate, 1, math.nan)
+    assert not follows(make_gate("accumulated_change", threshold=0.0), 1, 0.0)
+
+
+def test_each_sample_has_its_own_sum() -> None:
+    gate = make_gate("accumulated_change", threshold=0.2)
+    moment = Moment(5, 10, 1)
+    assert gate.follow(moment, np.array([[0.1], [0.19]])).tolist() == [True, True]
+    assert gate.follow(moment, np.array([[0.05], [0.05]])).tolist() == [True, False]
 
 
 def test_max_gap() -> None:
     gate = make_gate("max_gap", limit=2)
-    assert [gate(info(since)) for since in (1, 2, 3)] == [True, True, False]
-    assert not make_gate("max_gap", limit=0)(info(1))
+    assert [follows(gate, since) for since in (1, 2, 3)] == [True, True, False]
+    assert not follows(make_gate("max_gap", limit=0), 1)
 
 
 def test_gate_refusals() -> None:
-    with pytest.raises(
-        ValueError, match=r"unknown gate 'sometimes'; known: \['accumulated_change', 'always', 'max_gap'"
-    ):
+    with pytest.raises(ValueError, match=r"unknown gate 'sometimes'; known: \['accumulated_change'"):
         make_gate("sometimes")
     with pytest.raises(ValueError, match="missing a required"):
         make_gate("max_gap")
-    with pytest.raises(ValueError, match="budget >= 0"):
-        make_gate("accumulated_change", budget=math.nan)
+    with pytest.raises(ValueError, match="threshold of 0 or more"):
+        make_gate("accumulated_change", threshold=math.nan)
 
 
 def test_budgets() -> None:

@@ -341,7 +341,7 @@ def test_errors_name_the_pass_and_the_program() -> None:
     options = {"apply_schedule": {"sites": [Site("x", "block", ("nowhere",), (None,), "", 1.0, 1)], "cells": [COMPUTE]}}
     with pytest.raises(ValueError, match="nowhere") as caught:
         run_passes(flat(), SPECIALISE, options, title="tiny-column07")
-    assert caught.value.__notes__ == ["in pass 'apply_schedule' of tiny-column07, after []"]
+    assert caught.value.__notes__ == ["in pass 'apply_schedule' of tiny-column07, after ['take_segment']"]
 
 
 def test_a_pass_that_breaks_the_graph_is_caught() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffcache.schedule import COMPUTE, SKIP, Forecast, GateSpec, Row, Schedule
+from diffcache.schedule import COMPUTE, SKIP, Forecast, GateSpec, Online, Row, Schedule
 
 C = COMPUTE
 
@@ -18,6 +18,11 @@ def reuse(step: int) -> Forecast:
 @st.composite
 def rows(draw: st.DrawFn, site: str, steps: int) -> Row:
     computed = {0} | draw(st.sets(st.integers(0, steps - 1)))
+    gate = draw(st.sampled_from([None, GateSpec("always"), GateSpec("max_gap", {"limit": 3})]))
+    if draw(st.booleans()):
+        online = Online("taylor", draw(st.integers(1, 3)), {"order": 2}, draw(st.booleans()))
+        cells = [C if step in computed else online for step in range(steps)]
+        return Row(site, draw(st.booleans()), tuple(cells), gate)
     cells = []
     for step in range(steps):
         if step in computed:
@@ -27,7 +32,7 @@ def rows(draw: st.DrawFn, site: str, steps: int) -> Row:
         count = draw(st.integers(1, min(3, len(earlier))))
         weights = draw(st.lists(st.floats(-5, 5), min_size=count, max_size=count))
         cells.append(Forecast(tuple(earlier[:count]), tuple(weights)))
-    return Row(site, draw(st.booleans()), tuple(cells))
+    return Row(site, draw(st.booleans()), tuple(cells), gate)
 
 
 @st.composite
@@ -39,7 +44,6 @@ def schedules(draw: st.DrawFn) -> Schedule:
         tuple(draw(rows(name, steps)) for name in names),
         fingerprint=draw(st.text(max_size=5)),
         clock=draw(st.sampled_from([(), tuple(1.0 - i / 7 for i in range(steps))])),
-        gate=draw(st.sampled_from([None, GateSpec("always"), GateSpec("max_gap", {"limit": 3})])),
         origin="test",
         flops_fraction=draw(st.floats(0.01, 1.0)),
     )
@@ -132,7 +136,7 @@ def test_exact() -> None:
         (3, (C, C, reuse(2)), "reads step 2; a forecast may read only earlier steps"),
         (3, (C, reuse(0), reuse(1)), r"reads step 1, where it is not computed; it is computed at \[0\]"),
         (2, (C, SKIP), r"sites \['x'\] are skipped at step 1, but no site is forecast there"),
-        (2, (C, "C"), "expected COMPUTE, SKIP or a Forecast"),
+        (2, (C, "C"), "expected COMPUTE, SKIP, a Forecast or Online"),
     ],
 )
 def test_bad_rows(steps: int, cells: tuple, message: str) -> None:

@@ -203,7 +203,9 @@ def test_search_beats_even_spacing_on_unseen_trajectories(computed: int) -> None
     site = SiteChoice("output", False, 0.99, "output")
     even = min(
         mixture.error(
-            recipes.evenly(computed=computed, predictor=name, order=order, site="output").schedule(28, [site])
+            recipes.evenly(computed=computed, predictor=name, order=order, site="output").schedule(
+                recipes.Plan(28, [site])
+            )
         )
         for name, order in [("taylor", 1), ("taylor", 2), ("newton", 2)]
     )

@@ -54,7 +54,7 @@ def test_by_us_one_graph_a_program_and_no_recompilation() -> None:
     with torch._dynamo.config.patch(error_on_recompile=True):
         for seed in range(4, 11):  # 56 steps
             sample(fast, Request(seed=seed))
-    programs = next(p for (_, sites), p in fast._programs.items() if sites)
+    programs = next(p for (_, sites, _), p in fast._programs.items() if sites)
     assert graphs() == count
     # the uncompiled profile and judging do not count; the prologue is a graph as well
     assert len(programs._programs) == len(fast.schedule.distinct_columns())

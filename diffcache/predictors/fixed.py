@@ -1,4 +1,4 @@
-"""Predictors as weight rules: times of the computed steps in, one weight per step out.
+"""Fixed predictors: times of the computed steps in, one weight per step out.
 
 ``history`` holds the times of the computed steps, newest first, as step indices or as sampler time (any strictly
 monotonic clock); ``target`` is the time to forecast. A predictor may use only the newest few steps: it returns as many
@@ -9,53 +9,12 @@ To add one: write the function, decorate it with ``@predictor("name")``; the tes
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-Predictor = Callable[..., list[float]]
+import numpy as np
 
-PREDICTORS: dict[str, Predictor] = {}
-
-
-def predictor(name: str) -> Callable[[Predictor], Predictor]:
-    """Register a weight rule under ``name``. Raises ValueError when the name is taken."""
-
-    def register(rule: Predictor) -> Predictor:
-        if name in PREDICTORS:
-            raise ValueError(f"predictor '{name}' is registered already ({PREDICTORS[name]}); choose another name")
-        PREDICTORS[name] = rule
-        return rule
-
-    return register
-
-
-def weights(name: str, history: Sequence[float], target: float, **options: float) -> list[float]:
-    """Weights of the registered predictor ``name`` for the newest ``len(result)`` steps of ``history``.
-
-    Raises ValueError for an unknown name or option, for an empty history or one with equal times, and for a rule whose
-    weights do not sum to one.
-    """
-    rule = PREDICTORS.get(name)
-    if rule is None:
-        raise ValueError(f"unknown predictor '{name}'; known: {sorted(PREDICTORS)}. Register yours with @predictor")
-    accepted = list(inspect.signature(rule).parameters)[2:]
-    if not set(options) <= set(accepted):
-        raise ValueError(
-            f"predictor '{name}' has no options {sorted(set(options) - set(accepted))}; it takes {accepted}"
-        )
-    if not history:
-        raise ValueError(f"predictor '{name}' has no history to forecast from; compute at least one earlier step")
-    if len(set(history)) != len(history):
-        raise ValueError(f"predictor '{name}' got a history with equal times {list(history)}; give each step its own")
-    result = rule(history, target, **options)
-    size = sum(map(abs, result))
-    if len(result) > len(history) or not math.isfinite(size) or abs(sum(result) - 1.0) > 1e-6 * max(size, 1.0):
-        raise ValueError(
-            f"predictor '{name}' gave the weights {result} for history {list(history)}: expected at most "
-            f"{len(history)} finite weights that sum to one"
-        )
-    return result
+from diffcache.predictors.registry import predictor
 
 
 @predictor("reuse")
@@ -114,18 +73,23 @@ def adams_bashforth(history: Sequence[float], target: float, *, order: int = 2) 
 
 
 @predictor("foca")
-def foca(history: Sequence[float], target: float) -> list[float]:
+def foca(history: Sequence[float], target: float, *, heun: bool = False) -> list[float]:
     """FoCa (2025): one BDF2 step of the feature ODE, ``4/3 F_0 - 1/3 F_1 + 2/3 h F'_0``.
 
     The slope is that of the parabola through three values (first difference when there are two), and the coefficients
     are BDF2's for the step ratio ``r = k / (s_0 - s_1)``: ``(1+r)^2 / (1+2r), -r^2 / (1+2r), (1+r) / (1+2r)``. With
-    equal gaps and r = 1 this is the published ``7/3, -5/3, 1/3``.
+    equal gaps and r = 1 this is the published ``7/3, -5/3, 1/3``. The paper leaves the step open; ``heun`` is the other
+    reading, which follows the forecast by Heun's corrector, ``F_0 + k/2 (F'_0 + F'_p)``. BDF2's slope at its own
+    forecast is the slope it was given, so this is ``F_0 + k F'_0``: ``5/2, -2, 1/2``.
     """
     if len(history) == 1:
         return [1.0]
     k = target - history[0]
+    slope = _slope(history[:3])
+    if heun:
+        return [1.0 + k * slope[0], *(k * weight for weight in slope[1:])]
     ratio = k / (history[0] - history[1])
-    result = [scale * (1 + ratio) / (1 + 2 * ratio) * k for scale in _slope(history[:3])]
+    result = [scale * (1 + ratio) / (1 + 2 * ratio) * k for scale in slope]
     result[0] += (1 + ratio) ** 2 / (1 + 2 * ratio)
     result[1] -= ratio**2 / (1 + 2 * ratio)
     return result
@@ -142,6 +106,89 @@ def barycentric(history: Sequence[float], target: float, *, order: int = 1, alph
     spread = max(abs(time - mean) for time in times) or 1.0
     phases = [math.tanh(alpha * (time - mean) / spread) for time in times]
     return newton(phases, math.tanh(alpha * (target - mean) / spread), order=order)
+
+
+@predictor("barycentric_chebyshev")
+def barycentric_chebyshev(history: Sequence[float], target: float, *, order: int = 1) -> list[float]:
+    """ResilPhase's other clock (2026): the history lies on Chebyshev nodes, the target is placed by the newest slope.
+
+    ``xi_j = cos(pi (2j + 1) / 2n)`` for the j-th newest of n; ``xi(t) = xi_0 + (t - s_0) (xi_0 - xi_1) / (s_0 - s_1)``.
+    With order 1 it equals ``newton``.
+    """
+    count = _points(history, order)
+    if count == 1:
+        return [1.0]
+    phases = [math.cos(math.pi * (2 * j + 1) / (2 * count)) for j in range(count)]
+    slope = (phases[0] - phases[1]) / (history[0] - history[1])
+    return newton(phases, phases[0] + slope * (target - history[0]), order=order)
+
+
+@predictor("spectrum", sums_to_one=False)
+def spectrum(
+    history: Sequence[float],
+    target: float,
+    *,
+    degree: int = 4,
+    ridge: float = 0.1,
+    blend: float = 0.5,
+    start: float = 0.0,
+    end: float = 50.0,
+    points: int = 100,
+    centred: bool = True,
+) -> list[float]:
+    """Spectrum (2026): Chebyshev ridge regression over the newest ``points`` values, blended with a straight line.
+
+    ``tau = 2 (t - start) / (end - start) - 1`` and ``h = phi(tau)^T (Phi^T Phi + ridge I)^-1 Phi^T H`` with
+    ``phi_m = T_m(tau)``, m = 0 ... degree; ``F = blend h + (1 - blend) line``, published blend 0.5 to 1. The ridge
+    pulls the level towards zero too, so the published weights (``centred=False``) do not sum to one; ``centred`` fits
+    the differences from the newest value instead, and they do.
+    """
+    if degree < 0 or points < 1 or not ridge > 0 or end == start:
+        raise ValueError(
+            f"spectrum needs degree >= 0, points >= 1, ridge > 0 and end != start, got {degree}, {points}, {ridge}, "
+            f"{start} to {end}"
+        )
+    times = np.array([*history[: int(points)], target], dtype=np.float64)
+    basis = np.polynomial.chebyshev.chebvander(2.0 * (times - start) / (end - start) - 1.0, int(degree))
+    normal = basis[:-1].T @ basis[:-1] + ridge * np.eye(int(degree) + 1)
+    result = blend * (basis[:-1] @ np.linalg.solve(normal, basis[-1]))
+    if centred:
+        result[0] += blend - result.sum()
+    line = newton(history[: len(result)], target, order=1)
+    result[: len(line)] += (1.0 - blend) * np.array(line)
+    return [float(weight) for weight in result]
+
+
+@predictor("ramp")
+def ramp(
+    history: Sequence[float],
+    target: float,
+    *,
+    start: float = 0.0,
+    end: float = 50.0,
+    low: float = 0.0,
+    high: float = 1.0,
+) -> list[float]:
+    """FasterCache (2024): ``F_0 + w (F_0 - F_1)``, w growing from ``low`` at ``start`` to ``high`` at ``end``.
+
+    Equal ``low`` and ``high`` give the fixed weight of its other configurations (0.3 to 0.5).
+    """
+    if end == start:
+        raise ValueError(f"ramp needs start and end to differ, got {start} and {end}")
+    if len(history) == 1:
+        return [1.0]
+    grown = low + (high - low) * min(max((target - start) / (end - start), 0.0), 1.0)
+    return [1.0 + grown, -grown]
+
+
+@predictor("ema")
+def ema(history: Sequence[float], target: float, *, beta: float = 0.9) -> list[float]:
+    """Exponential moving average ``m <- beta m + (1 - beta) F`` (SVD-Cache's principal part, 2026, beta 0.9)."""
+    if not 0.0 <= beta < 1.0:
+        raise ValueError(f"ema needs 0 <= beta < 1, got {beta}")
+    result = [(1.0 - beta) * beta**j for j in range(len(history))]
+    result[-1] = beta ** (len(history) - 1)
+    return result
 
 
 @predictor("goc")

@@ -1,0 +1,207 @@
+"""What a recipe is: sites x when x gate x predictor x tokens x branch, the parts that published methods are made of.
+
+A method is a function of a few lines that returns a ``Recipe`` and is decorated with ``@method``, which remembers where
+it comes from. ``Recipe.schedule`` turns it into a reuse schedule for the denoiser that a ``Plan`` describes.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ParamSpec
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffcache import predictors
+from diffcache.cells import COMPUTE, Cell, Forecast, GateSpec, Online
+from diffcache.forecasting import forecast, used
+from diffcache.profile_record import Profile
+from diffcache.schedule import Row, Schedule, SiteChoice
+
+P = ParamSpec("P")
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A denoiser as recipes see it.
+
+    ``steps`` and the sampler's times ``clock``; ``sites`` that need no name to be found. What only a calibration has is
+    there when ``diffcache.compile`` makes the plan: the ``profile``, sites made on request (``site``), numbers from
+    uncached generations (``measure``), and the error of the result under a schedule (``error``).
+    """
+
+    steps: int
+    sites: Sequence[SiteChoice] = ()
+    clock: tuple[float, ...] = ()
+    profile: Profile | None = None
+    find: Callable[[Sequence[str]], Sequence[SiteChoice]] | None = None
+    measure_with: Callable[..., Mapping[str, Array]] | None = None
+    error_of: Callable[[Schedule], float] | None = None
+
+    def site(self, name: str) -> SiteChoice:
+        """The site of a name. Raises ValueError where there is none."""
+        for site in self.sites:
+            if site.name == name:
+                return site
+        if self.find is not None:
+            return self.find([name])[0]
+        raise ValueError(f"no site is named '{name}'; the sites here are: {self.known()}")
+
+    def measure(self, names: Sequence[str], how: str, gaps: int = 1, raw: bool = False) -> Mapping[str, Array]:
+        """Numbers ``[streams, steps, gaps]`` of each site or probe; NaN where a step has no such earlier one."""
+        if self.measure_with is None:
+            raise ValueError(f"this recipe measures '{how}' of {list(names)} in calibration; use diffcache.compile")
+        return self.measure_with(tuple(names), how, gaps, raw)
+
+    def error(self, schedule: Schedule) -> float:
+        if self.error_of is None:
+            raise ValueError("this recipe tries schedules out in calibration; use diffcache.compile")
+        return self.error_of(schedule)
+
+    def known(self) -> str:
+        names = [f"{site.name} ({site.role})" if site.role else site.name for site in self.sites]
+        return ", ".join(names) or "none"
+
+
+@dataclass(frozen=True)
+class Predict:
+    """The predictor axis: a rule by name (see ``predictors``) with its options.
+
+    ``history`` is the most computed values it reads, by default what its ``order`` needs; ``timed`` hands it the
+    sampler's times; ``fitted`` says that it is fitted to the site's Gram matrix.
+    """
+
+    name: str = "reuse"
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    history: int | None = None
+    timed: bool = False
+    fitted: bool = False
+    probe: str = ""
+
+    def online(self) -> Online:
+        most = self.history or int(self.options.get("order", 0 if self.name == "reuse" else 2)) + 1
+        return Online(self.name, most, self.options, self.timed)
+
+    def cell(self, plan: Plan, site: SiteChoice, made: Sequence[int], step: int) -> Cell:
+        """The cell of a step that is not computed, when it is known which were."""
+        if not self.fitted:
+            online = self.online()
+            return online if self.name in predictors.FROM_VALUES else forecast(online, made, step, plan.clock)
+        if plan.profile is None:
+            raise ValueError(f"predictor '{self.name}' is fitted in calibration; use diffcache.compile")
+        history = list(made[: self.history or 3])
+        found = predictors.fitted_weights(self.name, plan.profile.site(site.name).gram, history, step, **self.options)
+        return used(history, found)
+
+
+Pick = Callable[[Plan], Sequence[SiteChoice]]
+When = Callable[[Plan, SiteChoice], Collection[int]]
+Gating = GateSpec | Callable[[Plan, SiteChoice], GateSpec]
+
+
+def first_step(plan: Plan, site: SiteChoice) -> Collection[int]:
+    """Only what has no past is computed whatever a gate says."""
+    return (0,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Some sites, the steps at which they are computed in any case, and what happens at the others.
+
+    Without a gate all others are forecast; with one, those that it lets pass.
+    """
+
+    sites: Pick
+    when: When = first_step
+    gate: Gating | None = None
+    predictor: Predict = Predict()
+
+    def rows(self, plan: Plan, title: str) -> list[Row]:
+        return [self._row(plan, site, title) for site in self.sites(plan)]
+
+    def _row(self, plan: Plan, site: SiteChoice, title: str) -> Row:
+        computed = sorted(set(self.when(plan, site)))
+        if not computed or computed[0] != 0 or computed[-1] >= plan.steps:
+            raise ValueError(
+                f"{title} computes steps {computed} of {plan.steps}; expected step 0 and steps up to {plan.steps - 1}"
+            )
+        gate = self.gate(plan, site) if callable(self.gate) else self.gate
+        made: list[int] = []
+        cells: list[Cell] = []
+        for step in range(plan.steps):
+            if step in computed:
+                made.insert(0, step)
+                cells.append(COMPUTE)
+            elif gate is not None:
+                cells.append(self.predictor.online())
+            else:
+                cells.append(self.predictor.cell(plan, site, made, step))
+        return Row(site.name, site.residual, tuple(cells), gate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Parts for different sites, and how branches of guidance and samples of a batch go together.
+
+    ``origin`` is the call that made it.
+    """
+
+    parts: tuple[Part, ...]
+    origin: str = "recipe"
+    samples: str = "together"
+
+    def each_sample(self) -> Recipe:
+        """Every sample of a batch decides for itself, at the price of running them one by one where they differ."""
+        return replace(self, samples="alone")
+
+    def schedule(self, plan: Plan) -> Schedule:
+        """The schedule for one denoiser. Raises ValueError for a site or a step that does not exist there."""
+        rows = [row for part in self.parts for row in part.rows(plan, self.origin)]
+        if not rows:
+            raise ValueError(f"{self.origin} finds no site here; the sites are: {plan.known()}")
+        saved = {row.site: plan.site(row.site).flops_fraction_saved for row in rows}
+        forecasts = [(row.site, cell) for row in rows for cell in row.cells if isinstance(cell, Forecast)]
+        left = 1.0 - sum(saved[site] for site, _ in forecasts) / plan.steps
+        return Schedule(plan.steps, tuple(rows), clock=plan.clock, origin=self.origin, flops_fraction=max(left, 1e-6))
+
+    def __repr__(self) -> str:
+        return self.origin
+
+
+@dataclass(frozen=True)
+class Method:
+    """Where a recipe comes from: what the page of methods says about it."""
+
+    title: str
+    year: int
+    category: str
+    source: str
+    published: str
+    make: Callable[..., Recipe]
+
+
+METHODS: dict[str, Method] = {}
+CATEGORIES = ("baseline", "static", "timestep-adaptive", "layer-adaptive", "predictive", "hybrid")
+
+
+def method(
+    title: str, year: int, category: str, source: str = "", published: str = ""
+) -> Callable[[Callable[P, Recipe]], Callable[P, Recipe]]:
+    """Register a recipe: its paper's name and year, its class in the survey, where to read it, what it reported."""
+    assert category in CATEGORIES, category
+
+    def register(make: Callable[P, Recipe]) -> Callable[P, Recipe]:
+        @functools.wraps(make)
+        def called(*args: P.args, **kwargs: P.kwargs) -> Recipe:
+            given = inspect.signature(make).bind(*args, **kwargs).arguments
+            text = ", ".join(f"{name}={value!r}" for name, value in given.items())
+            return replace(make(*args, **kwargs), origin=f"{make.__name__}({text})")
+
+        METHODS[make.__name__] = Method(title, year, category, source, published, called)
+        return called
+
+    return register
