@@ -148,19 +148,23 @@ def _chosen(sites: Sequence[Site], cost: Cost, asked: Sequence[Site] = (), most:
     return [*dict.fromkeys(asked), *others][: max(most, len(asked))]
 
 
-_SIGNS: dict[tuple[int, int], torch.Tensor] = {}
+_SIGNS: dict[tuple[int, int, torch.device], torch.Tensor] = {}
 
 
 def sketch(value: torch.Tensor, salt: int = 0) -> torch.Tensor:
-    """A projection to ``SKETCH`` numbers: E<sketch(v), sketch(w)> = <v, w>; a small v is only reordered."""
-    flat = value.detach().flatten().to("cpu", torch.float32)
+    """A projection to ``SKETCH`` numbers: E<sketch(v), sketch(w)> = <v, w>; a small v is only reordered.
+
+    Summed where the value lies, with the same signs on every device; only the sums travel to the host.
+    """
+    flat = value.detach().flatten().to(torch.float32)
     rows = math.ceil(flat.numel() / SKETCH)
-    key = (rows, salt)
+    key = (rows, salt, flat.device)
     if key not in _SIGNS:
         generator = torch.Generator().manual_seed(1009 * salt + 17)
-        _SIGNS[key] = torch.randint(0, 2, (rows, SKETCH), generator=generator, dtype=torch.int8) * 2 - 1
+        signs = torch.randint(0, 2, (rows, SKETCH), generator=generator, dtype=torch.int8) * 2 - 1
+        _SIGNS[key] = signs.to(flat.device)
     padded = torch.nn.functional.pad(flat, (0, rows * SKETCH - flat.numel())).view(rows, SKETCH)
-    return (padded * _SIGNS[key]).sum(0)
+    return (padded * _SIGNS[key]).sum(0).cpu()
 
 
 def calibrate(
