@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from benchmarks.gpu.counting import hand_through, launches, synchronisations, un
 from diffcache import ops, recipes
 from diffcache.profiling import sketch
 from diffcache.runtime import CachedDenoiser
+from diffcache.schedule import GateSpec
 from tests.generation import Request, make, sample_on_gpu, walk
 from tests.test_ops import variants
 
@@ -69,8 +72,10 @@ def compiled(**options: object) -> CachedDenoiser:
 
 def test_the_host_never_waits_in_a_cached_generation() -> None:
     fast = compiled()
+    gate = GateSpec("accumulated_change", {"threshold": 1e9})
+    gated = replace(fast.schedule, rows=tuple(replace(row, gate=gate) for row in fast.schedule.rows))
     # the second one has no weights on the device yet
-    for denoiser in (fast, fast.with_schedule(fast.schedule)):
+    for denoiser in (fast, fast.with_schedule(fast.schedule), fast.with_schedule(gated)):
         denoiser.reset()
         walker = walk(denoiser, Request(seed=3), device="cuda")
         next(walker)  # brings the inputs to the device

@@ -14,6 +14,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from benchmarks.gpu.counting import hand_through, launches, synchronisations, un
 from benchmarks.overhead import conditions, flux, paired, sampler
 from diffcache import recipes
 from diffcache.runtime import CachedDenoiser
-from diffcache.schedule import Forecast
+from diffcache.schedule import Forecast, GateSpec
 
 found: dict[str, Any] = {}
 began = time.perf_counter()
@@ -103,10 +104,14 @@ def count(fast: CachedDenoiser, steps: Steps, device: str) -> None:
         return lambda: [steps(number) for number in range(first, fast.schedule.steps)] and None
 
     fresh = fast.with_schedule(fast.schedule)  # without the weights that earlier generations left on the device
-    for denoiser, which in ((fast, "a later"), (fresh, "the first")):
+    gate = GateSpec("accumulated_change", {"threshold": 1e9})
+    gated = fast.with_schedule(replace(fast.schedule, rows=tuple(replace(r, gate=gate) for r in fast.schedule.rows)))
+    for denoiser, which in ((fast, "a later"), (fresh, "the first"), (gated, "a gated")):
         up_to(denoiser, 1)
+        before = denoiser.steps_forecast
         waits = synchronisations(rest(1), device)
-        say(f"host synchronisations of {which} generation from its second step on: {len(waits)}",
+        say(f"host synchronisations of {which} generation from its second step on: {len(waits)}, "
+            f"{denoiser.steps_forecast - before} steps forecast",
             **{f"synchronisations of {which} generation": waits})  # fmt: skip
         for line, number in Counter(waits).most_common(8):
             print(f"    {number} x {line}"[:300])
