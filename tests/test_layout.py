@@ -16,11 +16,12 @@ PACKAGES = {"diffcache": ROOT / "diffcache", "diffcache.passes": ROOT / "passes"
 LAYERS = [
     {"schedule"},
     {"kernels"},
-    {"ops", "predictors", "gates", "budget", "liveness", "progress", "report"},
+    {"ops", "token_rows", "predictors", "gates", "budget", "liveness", "progress", "report"},
     {"gram", "gap_costs", "profile_record"},
     {"searching", "recipes"},
     {"tracing"},
     {"graphs", "flow", "blocks", "cuts", "cost", "sites", "call_pattern", "fingerprint"},
+    {"token_ops", "token_indexing", "token_axes", "token_region"},
     {"memory"},
     {"passes"},
     {"pipeline"},
