@@ -228,7 +228,8 @@ class TokenAxes:
     def _find_fresh(self) -> None:
         for node in self.nodes:
             reads = [n for n in sources(node) if n in self.fresh or self.carries(n)]
-            if not reads:
+            several = [n for n in reads if isinstance(n.meta.get("val"), tuple)]
+            if not reads or any(n not in self.fresh for n in several):  # a part of what is taken apart whole
                 continue
             reason = self._why_not(node)
             if reason is None:

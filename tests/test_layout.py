@@ -16,7 +16,7 @@ PACKAGES = {"diffcache": ROOT / "diffcache", "diffcache.passes": ROOT / "passes"
 LAYERS = [
     {"schedule"},
     {"kernels"},
-    {"ops", "token_rows", "predictors", "gates", "budget", "liveness", "progress", "report"},
+    {"ops", "token_rows", "token_scores", "predictors", "gates", "budget", "liveness", "progress", "report"},
     {"gram", "gap_costs", "profile_record"},
     {"searching", "recipes"},
     {"tracing"},
