@@ -210,10 +210,13 @@ class TokenAxes:
 
     def batch_axis(self, node: fx.Node) -> tuple[int, int] | None:
         """The axis of the samples, and how many entries of it each sample has."""
-        for axis, size in enumerate(shape_of(node) or ()):
+        shape = shape_of(node) or ()
+        for axis, size in enumerate(shape):
             root = self.labels.root((node, axis))
             if self.batch in (root, self.labels.outer(root)):
                 return axis, size // self.batch_size
+        if self.batch_size == 1:  # all entries of any other axis are the one sample's
+            return next(((axis, size) for axis, size in enumerate(shape) if axis != self.token_axis(node)), None)
         return None
 
     def carries(self, node: fx.Node) -> bool:

@@ -124,6 +124,8 @@ def module_action(node: fx.Node, module: nn.Module) -> Action | None:
         query = node.args[0]
         if not plain or not isinstance(query, fx.Node) or rank != 3 or node.kwargs.get("is_causal"):
             return None
+        if query is node.args[1]:  # it projects all three in one product then, and not in three that round alike
+            return None
         return Action(node, ((query, (0, 1, None)),), meets=(1, 2))
     return None
 

@@ -63,8 +63,8 @@ def token_region(module: fx.GraphModule, site: Site, flops: Mapping[str, float])
     total = sum(flops.get(node.name, 0.0) for node in nodes)
     share = sum(flops.get(node.name, 0.0) for node in needed - whole if axes.selects(axes.fresh[node].result)) / total if total else 0.0
     stale = [value for value in values if value not in axes.fresh]
-    if stale or share < _ENOUGH:
-        raise ValueError(_refusal(site, axes, whole, stale, share))
+    if stale or share < _ENOUGH or not whole.isdisjoint(axes.lost):
+        raise ValueError(_refusal(site, axes, whole, share))
     if (wrong := _unsettled(graph, axes, needed, nodes)) is not None:
         raise ValueError(f"site '{site.name}' cannot run on a few tokens: {wrong}. Compute or forecast it whole")
     kept = dict.fromkeys(node for fresh in nodes if fresh in needed for node in axes.meets(fresh))
@@ -107,13 +107,12 @@ def _above(start: Iterable[fx.Node], within: Collection[fx.Node]) -> set[fx.Node
     return found
 
 
-def _refusal(site: Site, axes: TokenAxes, whole: set[fx.Node], stale: Sequence[fx.Node], share: float) -> str:
-    lost = [reason for node, reason in axes.lost.items() if node in whole] or list(axes.lost.values())
-    why = lost[-1] if lost else "no stream of tokens leads to it"
-    what = f"only {100 * share:.0f} % of its work" if not stale else f"nothing of its value '{stale[0].name}'"
+def _refusal(site: Site, axes: TokenAxes, whole: set[fx.Node], share: float) -> str:
+    lost = [reason for node, reason in axes.lost.items() if node in whole]
+    why = lost[0] if lost else f"only {100 * share:.0f} % of its work is on streams of tokens that lead to its values"
     return (
-        f"site '{site.name}' cannot run on a few tokens: {what} can, because {why}. Forecast it or compute it in full, "
-        "or select tokens at another site (its attention and feed-forward children)"
+        f"site '{site.name}' cannot run on a few tokens: {why}. Forecast it or compute it in full, or select tokens "
+        "at another site (its attention and feed-forward children)"
     )
 
 
