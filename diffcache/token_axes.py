@@ -7,6 +7,7 @@ the joint sequence of two streams is. No model is known here by name.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 
 from torch import fx
@@ -165,7 +166,7 @@ class TokenAxes:
             if taken is not None and self.labels.root((taken.operand, taken.axis)) == root:
                 ends |= {taken.start, taken.start + _size(action.result, taken.result_axis)}
         cuts = sorted(ends)
-        return [((root[0], _PIECE + root[1] * size + at), to - at) for at, to in zip(cuts, cuts[1:], strict=False)]
+        return [((root[0], _PIECE + root[1] * size + at), to - at) for at, to in itertools.pairwise(cuts)]
 
     # -- tokens ------------------------------------------------------------------------------------------------
 
@@ -256,7 +257,7 @@ class TokenAxes:
             if axis is None or (operand not in self.fresh and not self.carries(operand)):
                 continue
             if action.joined == to or self._takes(action, to):
-                # the tokens of a sequence chosen as one lie anywhere in it: in its parts are not as many for each sample
+                # tokens of a sequence chosen as one lie anywhere in it: its parts have other numbers in each sample
                 joint = (action.result, to) if action.joined == to else (operand, axis)
                 if self.labels.root(joint) in self.chosen or self.labels.root(joint) in self.followed:
                     return f"{what} joins or cuts a sequence whose tokens are selected as one"
@@ -279,4 +280,3 @@ def operand_at(node: fx.Node, place: Argument) -> fx.Node:
 
 def _size(node: fx.Node, axis: int) -> int:
     return (shape_of(node) or ())[axis]
-

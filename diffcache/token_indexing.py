@@ -146,7 +146,9 @@ def _setitem(node: fx.Node) -> Action | None:
     if not isinstance(into, fx.Node) or found is None:
         return None
     back = {to: axis for axis, to in enumerate(found.axes) if to is not None}
-    operands: list[tuple[fx.Node, Axes]] = [(into, tuple(a if to is not None else None for a, to in enumerate(found.axes)))]
+    operands: list[tuple[fx.Node, Axes]] = [
+        (into, tuple(a if to is not None else None for a, to in enumerate(found.axes)))
+    ]
     given = shape_of(value)
     if given is not None and isinstance(value, fx.Node):
         shift = len(found.shape) - len(given)

@@ -280,7 +280,7 @@ def _reshaped(node: fx.Node) -> Action | None:
     """An axis lives on where as many entries lie before it and it has as many itself."""
     source = node.args[0] if node.args else None
     own, shape = shape_of(source), shape_of(node)
-    if own is None or shape is None:
+    if not isinstance(source, fx.Node) or own is None or shape is None:
         return None
     places = list(_places(shape))
     axes = tuple(next((p for p, (before, size) in enumerate(places) if (before, size) == here), None)

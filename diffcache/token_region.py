@@ -61,7 +61,11 @@ def token_region(module: fx.GraphModule, site: Site, flops: Mapping[str, float])
     axes = TokenAxes(module, nodes, values, range(len(values)))
     needed, whole = what_runs(axes)
     total = sum(flops.get(node.name, 0.0) for node in nodes)
-    share = sum(flops.get(node.name, 0.0) for node in needed - whole if axes.selects(axes.fresh[node].result)) / total if total else 0.0
+    share = (
+        sum(flops.get(node.name, 0.0) for node in needed - whole if axes.selects(axes.fresh[node].result)) / total
+        if total
+        else 0.0
+    )
     stale = [value for value in values if value not in axes.fresh]
     if stale or share < _ENOUGH or not whole.isdisjoint(axes.lost):
         raise ValueError(_refusal(site, axes, whole, share))

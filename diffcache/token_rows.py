@@ -20,7 +20,8 @@ def take_rows(
     """
     if rank is not None and rank > value.dim():
         value = value.reshape((1,) * (rank - value.dim()) + tuple(value.shape))
-    order = sorted(range(value.dim()), key=lambda a: (-value.stride(a), a))
+    strides = value.stride()
+    order = sorted(range(value.dim()), key=lambda a: (-strides[a], a))
     if value.shape[samples[0]] == 1 and tokens.shape[0] * samples[1] > 1:
         shape = list(value.shape)
         shape[samples[0]] = tokens.shape[0] * samples[1]

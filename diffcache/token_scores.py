@@ -3,7 +3,7 @@
 A score is a pure function of a ``TokenView``: tensors in, float32 [batch, tokens] out, on the device of its inputs. It
 waits for nothing, gives the same result at every run, and looks at no sample but its own.
 
-To add one: write the function, decorate it with ``@token_score("name")``; the tests over ``TOKEN_SCORES`` then cover it.
+To add one: write the function, decorate it with ``@token_score("name")``; tests over ``TOKEN_SCORES`` then cover it.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def cluster(view: TokenView, *, seed: int = 0) -> torch.Tensor:
 def toca(
     view: TokenView, *, interval: int, weight: float = 0.25, bonus: float = 0.6, cell: int = 2, base: str = "norm"
 ) -> torch.Tensor:
-    """A base score, more for what was not computed for long, and for the best of its neighbours (ToCa, Zou et al. 2025).
+    """A base score, more for what has waited long and for the best of its neighbours (ToCa, Zou et al. 2025).
 
     ``s3``: ``weight`` for each ``interval`` steps of staleness. ``s4``: ``bonus`` for the highest of each ``cell`` x
     ``cell`` tokens, where the view has a grid. The attention maps of ``s1`` and ``s2`` are not at hand in fused
@@ -175,7 +175,9 @@ def with_spatial_bonus(
     """
     (height, width), (batch, tokens) = grid, scores.shape
     if height * width != tokens or cell < 1:
-        raise ValueError(f"a grid of {grid} in cells of {cell} does not hold {tokens} tokens; give the tokens' own grid")
+        raise ValueError(
+            f"a grid of {grid} in cells of {cell} does not hold {tokens} tokens; give the tokens' own grid"
+        )
     image = scores.reshape(batch, 1, height, width)
     right, below = -width % cell, -height % cell
     padded = F.pad(image, (0, right, 0, below), value=-torch.inf)
@@ -200,7 +202,7 @@ def cluster_tokens(
     Raises:
         ValueError: there are fewer tokens than clusters.
     """
-    batch, tokens, _ = value.shape
+    _batch, tokens, _ = value.shape
     if not 1 <= count <= tokens:
         raise ValueError(f"{tokens} tokens cannot be {count} clusters; expected one or more, and no more than tokens")
     points = value.float()

@@ -27,7 +27,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -39,6 +40,7 @@ from diffcache.sites import Site
 from diffcache.token_axes import TokenAxes
 from diffcache.token_region import TokenRegion, what_runs
 from diffcache.token_rows import blend_clusters, put_rows, take_rows
+from diffcache.tracing.spec import TensorSpec
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def _resolve(gm: fx.GraphModule, token_row: TokenRow, names: Sequence[str]) -> l
     return [nodes[name] for name in names]
 
 
-# -- a computed step ----------------------------------------------------------------------------------------------------
+# -- a computed step --------------------------------------------------------------------------------------------------
 
 
 def _keep(gm: fx.GraphModule, token_row: TokenRow) -> None:
@@ -137,12 +139,12 @@ def _shares(graph: fx.Graph, node: fx.Node) -> bool:
 
 def _write(gm: fx.GraphModule, place: tuple[int, int], node: fx.Node) -> None:
     end = find_output(gm.graph)
-    result, written = end.args[0]  # type: ignore[misc]
-    end.args = ((result, (*written, node)),)  # type: ignore[has-type]
+    result, written = cast("tuple[Any, tuple[fx.Node, ...]]", end.args[0])
+    end.args = ((result, (*written, node)),)
     gm.meta["writes"].append(place)
 
 
-# -- a step on selected tokens ------------------------------------------------------------------------------------------
+# -- a step on selected tokens ----------------------------------------------------------------------------------------
 
 
 class _Partial:
@@ -175,7 +177,7 @@ class _Partial:
         copies = TokenCopies(
             self.gm, self.axes, {root: self._tokens(i) for root, i in self.axes.chosen.items()},
             {root: self.token_row.counts[i] or 0 for root, i in self.axes.chosen.items()},
-            {node: (lambda i=i, node=node: self._history(first + i, 0, node)) for i, node in enumerate(kept)},
+            {node: partial(self._history, first + i, 0, node) for i, node in enumerate(kept)},
         )  # fmt: skip
         needed, whole = what_runs(self.axes)
         for node in self.axes.nodes:
@@ -207,7 +209,9 @@ class _Partial:
 
     def _tokens(self, value: int) -> fx.Node:
         self.gm.meta["tokens"].append((self.row, value))
-        return self._input(f"tokens_{self.row}_{value}", {})
+        spec, count = self.values[value].meta["val"], self.token_row.counts[value] or 0
+        shape = (spec.shape[0], count)
+        return self._input(f"tokens_{self.row}_{value}", {"val": TensorSpec(shape, torch.int64, spec.device)})
 
     def _history(self, value: int, age: int, like: fx.Node) -> fx.Node:
         name = f"history_{self.row}_{value}_{age}"
@@ -260,4 +264,3 @@ class _Partial:
             return self._call(put_rows, (base, tokens, rows, 1), base)
         clusters = self._input(f"clusters_{self.row}_{index}", {})
         return self._call(blend_clusters, (base, tokens, rows, clusters, *self.token_row.blend), base)
-

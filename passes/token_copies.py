@@ -113,7 +113,8 @@ class TokenCopies:
     def _cut(self, node: fx.Node, action: Action) -> fx.Node:
         """Part of a joint sequence, where that part lies among the selected tokens."""
         taken, to = action.taken, self.axes.token_axis(action.result)
-        assert taken is not None and to is not None
+        assert taken is not None
+        assert to is not None
         source = self._operand(action, taken.operand)
         length = (shape_of(node) or ())[to]
         root = self.axes.labels.root((taken.operand, taken.axis))

@@ -219,7 +219,8 @@ def test_a_layer_runs_on_a_few_tokens(kind: type[Layer], batch: int) -> None:
     expected, new = run(full, inputs(1, batch), {})
     every = {"tokens_0_0": EVERY.expand(batch, TOKENS)}
     result, written = run(program(made, dataclasses.replace(row, counts=(TOKENS,))), inputs(1, batch), old | every)
-    assert same_bits(result, expected) and set(written) == set(new)
+    assert same_bits(result, expected)
+    assert set(written) == set(new)
     assert all(same_bits(written[name], new[name]) for name in new)
     few = {"tokens_0_0": torch.stack([torch.randperm(TOKENS)[:3].sort().values for _ in range(batch)])}
     part = program(made, dataclasses.replace(row, counts=(3,)))
@@ -240,7 +241,7 @@ def test_what_is_kept() -> None:
     assert region(make(Registers)).bytes_kept == 2 * 4 * 2 * (TOKENS + 3) * CHANNELS
 
 
-# -- refusals -----------------------------------------------------------------------------------------------------------
+# -- refusals ---------------------------------------------------------------------------------------------------------
 
 
 class Causal(Layer):
@@ -312,8 +313,8 @@ class Batched(Layer):
 
 @pytest.mark.parametrize(
     ("kind", "node"),
-    [(Alone, "attention"), (Causal, "scaled_dot_product_attention"), (Convolved, "conv"), (Centred, "mean"), (Turned, "flip"),
-     (Pairs, "reshape"), (Across, "matmul"), (Unknown, "einsum"), (Sliced, ""), (Pooled, "pool"),
+    [(Alone, "attention"), (Causal, "scaled_dot_product_attention"), (Convolved, "conv"), (Centred, "mean"),
+     (Turned, "flip"),     (Pairs, "reshape"), (Across, "matmul"), (Unknown, "einsum"), (Sliced, ""), (Pooled, "pool"),
      (Batched, "reshape")],
 )  # fmt: skip
 def test_what_mixes_tokens_is_refused_by_name(kind: type[Layer], node: str) -> None:
@@ -323,8 +324,13 @@ def test_what_mixes_tokens_is_refused_by_name(kind: type[Layer], node: str) -> N
 
 def test_a_hook_on_a_layer_is_refused() -> None:
     """It may look at all tokens."""
-    with pytest.raises(ValueError, match="'q' .* is not known to treat tokens one by one"):
-        region(make(Layer, prepare=lambda model: model.q.register_forward_hook(lambda m, a, out: out - out.mean(1, keepdim=True))))
+    with pytest.raises(ValueError, match=r"'q' .* is not known to treat tokens one by one"):
+        region(
+            make(
+                Layer,
+                prepare=lambda model: model.q.register_forward_hook(lambda m, a, out: out - out.mean(1, keepdim=True)),
+            )
+        )
 
 
 def test_values_without_tokens_are_refused() -> None:
@@ -343,5 +349,5 @@ def test_counts_that_do_not_fit_are_refused(counts: tuple[int | None, ...]) -> N
 
 def test_a_region_of_another_capture_is_refused() -> None:
     made, other = make(Layer), make(Folded)
-    with pytest.raises(ValueError, match="names nodes .* that this graph lacks"):
+    with pytest.raises(ValueError, match=r"names nodes .* that this graph lacks"):
         program(made, TokenRow(0, made.site, region(other)))

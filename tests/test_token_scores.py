@@ -36,7 +36,9 @@ def view(batch: int = 2, step: int = 3) -> TokenView:
 def test_a_score_is_deterministic_and_looks_at_one_sample(name: str) -> None:
     options, both = OPTIONS.get(name, {}), view()
     scores = score_tokens(name, both, **options)
-    assert scores.shape == (2, 16) and scores.dtype == torch.float32 and scores.isfinite().all()
+    assert scores.shape == (2, 16)
+    assert scores.dtype == torch.float32
+    assert scores.isfinite().all()
     assert torch.equal(scores, score_tokens(name, view(), **options))
     one = TokenView(both.value[1:], 3, both.before[1:], both.attended[1:], both.stale[1:], both.clusters[1:], (4, 4))  # type: ignore[index]
     assert torch.equal(score_tokens(name, one, **options), scores[1:])
@@ -45,8 +47,11 @@ def test_a_score_is_deterministic_and_looks_at_one_sample(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(TOKEN_SCORES))
 def test_a_choice_is_distinct_tokens_in_order(name: str) -> None:
     tokens = select_tokens(score_tokens(name, view(), **OPTIONS.get(name, {})), 5)
-    assert tokens.shape == (2, 5) and tokens.dtype == torch.int64
-    assert (tokens.diff(dim=1) > 0).all() and (tokens >= 0).all() and (tokens < 16).all()
+    assert tokens.shape == (2, 5)
+    assert tokens.dtype == torch.int64
+    assert (tokens.diff(dim=1) > 0).all()
+    assert (tokens >= 0).all()
+    assert (tokens < 16).all()
 
 
 def test_selection_takes_the_highest_and_the_first_of_equals() -> None:
@@ -77,7 +82,8 @@ def test_what_waited_longest_wins_in_the_end() -> None:
         tokens = select_tokens(scores, 4)
         stale = aged(stale, tokens)
         seen |= set(tokens[0].tolist())
-    assert seen == set(range(16)) and int(stale.max()) <= 12
+    assert seen == set(range(16))
+    assert int(stale.max()) <= 12
 
 
 def test_the_spatial_bonus_goes_to_the_best_of_each_cell() -> None:
@@ -115,7 +121,8 @@ def test_blending_moves_a_cluster_towards_its_fresh_mean() -> None:
     mixed = put_rows(kept, tokens, rows, 1)
     assert torch.equal(blend_clusters(mixed, tokens, rows, clusters, 0.0, 3), mixed)
     got = blend_clusters(mixed, tokens, rows, clusters, 0.25, 3)
-    assert torch.equal(take_rows(got, tokens, 1), rows) and torch.equal(got[:, 5], kept[:, 5])
+    assert torch.equal(take_rows(got, tokens, 1), rows)
+    assert torch.equal(got[:, 5], kept[:, 5])
     assert torch.allclose(got[0, 1], 0.25 * rows[0, 0] + 0.75 * kept[0, 1])
     assert torch.allclose(got[1, 2], 0.25 * rows[1, 1] + 0.75 * kept[1, 2])
 
@@ -127,9 +134,11 @@ def test_rows_are_taken_and_put_back_in_any_layout(order: tuple[int, ...]) -> No
     rows = take_rows(value, tokens, 1)
     assert torch.equal(rows, torch.stack([value[s, tokens[s]] for s in range(2)]))
     whole = take_rows(value, every, 1)
-    assert torch.equal(whole, value) and whole.stride() == value.stride()
+    assert torch.equal(whole, value)
+    assert whole.stride() == value.stride()
     back = put_rows(value * 0, tokens, rows, 1)
-    assert torch.equal(take_rows(back, tokens, 1), rows) and back.ne(0).any(-1).sum() == 6
+    assert torch.equal(take_rows(back, tokens, 1), rows)
+    assert back.ne(0).any(-1).sum() == 6
     assert torch.equal(put_rows(back, every, value, 1), value)
 
 
@@ -156,7 +165,7 @@ def test_what_a_score_cannot_do_is_said() -> None:
     bare = TokenView(drawn(1, 4, 2), 0)
     with pytest.raises(ValueError, match="unknown token score 'nrom'; known"):
         score_tokens("nrom", bare)
-    with pytest.raises(ValueError, match="takes .*largest"):
+    with pytest.raises(ValueError, match=r"takes .*largest"):
         score_tokens("norm", bare, smallest=True)
     for name, what in (("change", "before"), ("attended_norm", "attended"), ("cluster", "clusters")):
         with pytest.raises(ValueError, match=f"looks at '{what}', which this view lacks"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -16,13 +17,16 @@ from torch.utils.flop_counter import FlopCounterMode
 import diffcache
 from diffcache.cost import measure_cost
 from diffcache.graphs import count_ops
+from diffcache.ops import extrapolate
 from diffcache.passes.apply_schedule import apply_schedule
 from diffcache.passes.eliminate_dead_code import eliminate_dead_code
 from diffcache.passes.subset_tokens import TokenRow, subset_tokens
 from diffcache.pipeline import PREPARE, run_passes
-from diffcache.schedule import COMPUTE, SKIP
+from diffcache.schedule import COMPUTE, SKIP, Cell, Forecast
 from diffcache.sites import Site, find_sites
 from diffcache.token_region import TokenRegion, token_region
+from diffcache.token_rows import take_rows
+from diffcache.token_scores import TokenView, cluster_tokens, score_tokens, select_tokens
 from diffcache.tracing import tree
 from diffcache.tracing.bits import same_bits
 from tests.denoisers import FAMILIES
@@ -45,12 +49,13 @@ class Case:
     inputs: Callable[[int], Any]
     text_first: bool
 
-    def program(self, rows: Sequence[TokenRow], kept: bool) -> fx.GraphModule:
-        """The program of a column: every row computed and kept, or on selected tokens."""
+    def program(self, rows: Sequence[TokenRow], kept: bool, cells: dict[int, Cell] | None = None) -> fx.GraphModule:
+        """The program of a column: every row computed and kept, or on selected tokens; ``cells`` say other things."""
         sites = [row.site for row in rows]
+        decided = [(cells or {}).get(i, COMPUTE if kept else SKIP) for i in range(len(rows))]
         options = {
-            "apply_schedule": {"sites": sites, "cells": [COMPUTE if kept else SKIP] * len(sites)},
-            "subset_tokens": {"token_rows": rows},
+            "apply_schedule": {"sites": sites, "cells": decided},
+            "subset_tokens": {"token_rows": [row for row in rows if row.row not in (cells or {})]},
         }
         passes = (apply_schedule, subset_tokens, eliminate_dead_code)
         return run_passes(self.body, passes, options, title="test")[0]
@@ -64,16 +69,22 @@ class Case:
         return leaves, list(prologue(*leaves)) if prologue is not None else []
 
     def run(
-        self, program: fx.GraphModule, step: int, history: Entries, tokens: dict[tuple[int, int], torch.Tensor] | None = None
+        self,
+        program: fx.GraphModule,
+        step: int,
+        history: Entries,
+        tokens: Entries | None = None,
+        *,
+        older: Entries | None = None,
+        more: dict[str, torch.Tensor] | None = None,
     ) -> tuple[Any, Entries]:
+        """The result and what the program keeps; ``history`` is the newest, ``older`` the one before."""
         leaves, hoisted = self.leaves(step)
-        extra: list[Any] = []
-        for name in _extra(program):
-            kind, *numbers = name.split("_")
-            place = tuple(map(int, numbers))
-            extra.append({"hoisted": lambda p=place: hoisted[p[0]], "history": lambda p=place: history[p[0], p[1]],
-                          "tokens": lambda p=place: (tokens or {})[p[0], p[1]]}[kind]())  # fmt: skip
-        result, written = program(*leaves, *extra)
+        given = {f"hoisted_{i}": value for i, value in enumerate(hoisted)} | (more or {})
+        given |= {f"tokens_{row}_{value}": numbers for (row, value), numbers in (tokens or {}).items()}
+        for age, entries in enumerate((history, older or {})):
+            given |= {f"history_{row}_{value}_{age}": entry for (row, value), entry in entries.items()}
+        result, written = program(*leaves, *(given[name] for name in _extra(program)))
         return result, dict(zip(program.meta["writes"], written, strict=True))
 
 
@@ -106,7 +117,7 @@ def case(name: str, batch: int = 2) -> Case:
                 lambda step: entry.make_inputs(step, batch=batch), name == "flux")  # fmt: skip
 
 
-# -- what is asked of every family and role -----------------------------------------------------------------------------
+# -- what is asked of every family and role ---------------------------------------------------------------------------
 
 
 def places() -> list[tuple[str, str]]:
@@ -166,7 +177,8 @@ def test_all_tokens_are_the_computed_step(name: str, site: str) -> None:
     expected, new = this.run(full, 1, {})
     result, written = this.run(partial(this, site, tokens), 1, old, draw(tokens, tokens))
     assert same(result, expected)
-    assert set(written) == set(new) and all(same_bits(written[place], new[place]) for place in new)
+    assert set(written) == set(new)
+    assert all(same_bits(written[place], new[place]) for place in new)
     assert any(not torch.equal(old[place], new[place]) for place in new), "nothing moved between the steps"
 
 
@@ -268,3 +280,127 @@ def test_fewer_tokens_are_less_work(name: str, site: str) -> None:
     # products only are counted here, and text that is beside the selected image stays whole
     assert spent[0] - spent[1] > 0.25 * region.share * this.sites[site].flops_saved
     assert count_ops(partial(this, site, counts).graph) < 1.3 * count_ops(full.graph) + 8
+
+
+# -- several rows, forecasts and clusters -----------------------------------------------------------------------------
+
+
+def children(this: Case) -> list[TokenRow]:
+    """Every attention and feed-forward child as a row."""
+    sites = [site for site in this.sites.values() if site.role in ("attention", "feedforward")]
+    return [TokenRow(i, site, this.regions[site.name]) for i, site in enumerate(sites)]
+
+
+def on_tokens(rows: Sequence[TokenRow], share: Callable[[tuple[int, ...]], tuple[int, ...]]) -> tuple[Any, Entries]:
+    """The same rows on some of their tokens, and tokens for them."""
+    chosen = [dataclasses.replace(row, counts=share(row.region.tokens)) for row in rows]
+    tokens: Entries = {}
+    for row in chosen:
+        tokens |= draw(row.region.tokens, row.counts, row=row.row)
+    return chosen, tokens
+
+
+@pytest.mark.parametrize("name", ["dit", "flux", "wan"])
+@torch.no_grad()
+def test_every_child_on_tokens_of_its_own(name: str) -> None:
+    this = case(name)
+    rows = children(this)
+    full = this.program(rows, kept=True)
+    _, old = this.run(full, 0, {})
+    expected, new = this.run(full, 1, {})
+    chosen, tokens = on_tokens(rows, lambda n: n)
+    result, written = this.run(this.program(chosen, kept=False), 1, old, tokens)
+    assert same(result, expected)
+    assert all(same_bits(written[place], new[place]) for place in new)
+    chosen, tokens = on_tokens(rows, quarter)
+    result, written = this.run(this.program(chosen, kept=False), 1, old, tokens)
+    assert set(written) == set(old)
+    for (row, value), numbers in tokens.items():
+        other = torch.ones(written[row, value].shape[:2], dtype=torch.bool).scatter(1, numbers, False)
+        assert same_bits(written[row, value][other], old[row, value][other])
+        assert not torch.equal(written[row, value][~other], old[row, value][~other])
+    # a second step goes on from what the first has mixed
+    again, _ = this.run(this.program(chosen, kept=False), 2, written, tokens)
+    assert not same(again, result)
+
+
+@torch.no_grad()
+def test_a_forecast_row_beside_rows_on_tokens() -> None:
+    this = case("dit")
+    rows = children(this)
+    full = this.program(rows, kept=True)
+    _, old = this.run(full, 0, {})
+    chosen, tokens = on_tokens(rows, quarter)
+    program = this.program(chosen, kept=False, cells={1: Forecast((0,), (1.0,))})
+    names = _extra(program)
+    assert "history_1_0_0" in names
+    assert "tokens_1_0" not in names
+    assert (1, 0) not in program.meta["writes"]
+    this.run(program, 1, old, tokens)
+
+
+@pytest.mark.parametrize(("name", "role"), [("dit", "feedforward"), ("pixart", "block"), ("flux", "stack")])
+@torch.no_grad()
+def test_the_other_tokens_may_be_forecast(name: str, role: str) -> None:
+    """From two entries: where no token is selected the value is what a forecast of the whole site is, bit for bit."""
+    this = case(name)
+    site = next(site for site in this.sites.values() if site.role == role and site.name in this.regions)
+    region = this.regions[site.name]
+    counts = quarter(region.tokens)
+    full = computed(this, site.name)
+    (_, old), (_, new) = this.run(full, 0, {}), this.run(full, 1, {})
+    weights = torch.tensor([2.0, -1.0])
+    more, tokens = {"weights_0": weights}, draw(region.tokens, counts)
+    _, written = this.run(partial(this, site.name, counts, history=2), 2, new, tokens, older=old, more=more)
+    for value, numbers in enumerate(tokens.values()):
+        expected = extrapolate(None, [new[0, value], old[0, value]], weights)
+        other = torch.ones(expected.shape[:2], dtype=torch.bool).scatter(1, numbers, False)
+        assert same_bits(written[0, value][other], expected[other])
+    every = draw(region.tokens, region.tokens)
+    result, _ = this.run(partial(this, site.name, region.tokens, history=2), 2, new, every, older=old, more=more)
+    assert same(result, this.run(full, 2, {})[0])
+
+
+@torch.no_grad()
+def test_clusters_are_blended() -> None:
+    this = case("dit")
+    site = next(site for site in this.sites.values() if site.role == "feedforward")
+    _, old = this.run(computed(this, site.name), 0, {})
+    clusters = cluster_tokens(old[0, 0], 4)
+    view = TokenView(old[0, 0], 1, clusters=clusters)
+    tokens = {(0, 0): select_tokens(score_tokens("cluster", view), 4)}
+    _, plain = this.run(partial(this, site.name, (4,)), 1, old, tokens)
+    more = {"clusters_0_0": clusters}
+    _, still = this.run(partial(this, site.name, (4,), blend=(0.0, 4)), 1, old, tokens, more=more)
+    _, moved = this.run(partial(this, site.name, (4,), blend=(0.5, 4)), 1, old, tokens, more=more)
+    assert same_bits(still[0, 0], plain[0, 0])
+    own = take_rows(plain[0, 0], tokens[0, 0], 1)  # the fresh token of each cluster
+    where = (clusters.gather(1, tokens[0, 0])[:, None] == clusters[..., None]).float()
+    expected = 0.5 * plain[0, 0] + 0.5 * where @ own
+    fresh = torch.zeros(2, 16, dtype=torch.bool).scatter(1, tokens[0, 0], True)
+    torch.testing.assert_close(moved[0, 0][~fresh], expected[~fresh])
+    assert same_bits(moved[0, 0][fresh], plain[0, 0][fresh])
+
+
+@pytest.mark.parametrize("name", ["flux", "pixart"])
+@torch.no_grad()
+def test_one_sample_is_as_exact_as_two(name: str) -> None:
+    this = case(name, 1)
+    for site in ("stack0", "attention"):
+        found = next(s for s in this.sites.values() if s.role == site)
+        tokens = this.regions[found.name].tokens
+        full = computed(this, found.name)
+        _, old = this.run(full, 0, {})
+        expected, new = this.run(full, 1, {})
+        result, written = this.run(partial(this, found.name, tokens), 1, old, draw(tokens, tokens, 1))
+        assert same(result, expected)
+        assert all(same_bits(written[place], new[place]) for place in new)
+
+
+def test_what_a_program_asks_for_is_listed() -> None:
+    this = case("flux")
+    site = next(s for s in this.sites.values() if s.role == "block" and len(s.values) == 2)
+    program = partial(this, site.name, (None, 4))  # all of the text, four of the image
+    assert program.meta["tokens"] == [(0, 1)]
+    assert program.meta["history"] == [(0, 2, 0), (0, 3, 0), (0, 1, 0)]
+    assert program.meta["writes"] == [(0, 0), (0, 1), (0, 2), (0, 3)]
