@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import fx
 
 from diffcache.token_ops import (
@@ -21,12 +24,17 @@ from diffcache.token_ops import (
     target_of,
 )
 
+# Where functions are what their names say; one of the same name from elsewhere may do anything.
+_SPACES = (torch, F, operator)
+
 
 def act(node: fx.Node, module: fx.GraphModule) -> Action | None:
     """How a node acts on axes; None if that is not known."""
     if node.op == "call_module":
         return module_action(node, module.get_submodule(str(node.target)))
-    found = RULES.get(target_of(node)) if node.op in ("call_function", "call_method") else None
+    name = target_of(node)
+    own = node.op == "call_method" or any(getattr(space, name, None) is node.target for space in _SPACES)
+    found = RULES.get(name) if own and node.op in ("call_function", "call_method") else None
     return found(node) if found is not None else None
 
 

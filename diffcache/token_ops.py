@@ -90,9 +90,9 @@ def _along(node: fx.Node, axes: Callable[[int], int | None], **more: Any) -> Act
 
 
 def _dims(value: Any, rank: int) -> list[int] | None:
-    """Dimensions given as one number or several, counted from the front; None where they are not plain numbers."""
+    """Dimensions given as one number or several, counted from the front; None where they are not given as numbers."""
     many = list(value) if isinstance(value, list | tuple) else [value]
-    if not all(isinstance(d, int) and -rank <= d < rank for d in many):
+    if not many or not all(type(d) is int and -rank <= d < rank for d in many):
         return None
     return [d % rank for d in many]
 

@@ -87,19 +87,19 @@ def region_nodes(graph: fx.Graph, values: Sequence[fx.Node], anchors: Collection
     """The nodes that run only for these values while the anchors are wanted, in order; the values are among them."""
     live = live_nodes(graph)
     rest = live_nodes(graph, values, anchors)
-    above = _above(values, live - rest - set(anchors) | set(values))
+    above = nodes_above(values, live - rest - set(anchors) | set(values))
     return [node for node in graph.nodes if node in above]
 
 
 def what_runs(axes: TokenAxes) -> tuple[set[fx.Node], set[fx.Node]]:
     """The fresh nodes that the values need, and the nodes of the region that all tokens are needed of."""
     region = set(axes.nodes)
-    needed = _above(axes.values, set(axes.fresh))
+    needed = nodes_above(axes.values, set(axes.fresh))
     outside = {source for node in needed for source in sources(node) if source in region and source not in axes.fresh}
-    return needed, _above([*outside, *(value for value in axes.values if value not in axes.fresh)], region)
+    return needed, nodes_above([*outside, *(value for value in axes.values if value not in axes.fresh)], region)
 
 
-def _above(start: Iterable[fx.Node], within: Collection[fx.Node]) -> set[fx.Node]:
+def nodes_above(start: Iterable[fx.Node], within: Collection[fx.Node]) -> set[fx.Node]:
     """``start`` and what it is computed from, as far as that lies ``within``."""
     found: set[fx.Node] = set()
     todo = [node for node in start if node in within]

@@ -38,7 +38,7 @@ from diffcache.ops import extrapolate
 from diffcache.passes.token_copies import TokenCopies
 from diffcache.sites import Site
 from diffcache.token_axes import TokenAxes
-from diffcache.token_region import TokenRegion, what_runs
+from diffcache.token_region import TokenRegion, nodes_above, what_runs
 from diffcache.token_rows import blend_clusters, put_rows, take_rows
 from diffcache.tracing.spec import TensorSpec
 
@@ -192,9 +192,9 @@ class _Partial:
 
     def _drop_blind_guards(self, whole: set[fx.Node]) -> None:
         """Guards on what no longer runs as it is go with it: they must not keep it alive."""
-        gone = set(self.axes.nodes) - whole
+        gone, every = set(self.axes.nodes) - whole, set(self.graph.nodes)
         for node in [node for node in self.graph.nodes if node.meta.get("guard")]:
-            if node in gone or any(source in gone for source in node.all_input_nodes):
+            if not gone.isdisjoint(nodes_above([node], every)):
                 self.graph.erase_node(node)
 
     # -- inputs ------------------------------------------------------------------------------------------------

@@ -159,7 +159,14 @@ class PerToken(Layer):
         return torch.cat([a.sigmoid() * b, torch.stack([a, b], -1).amax(-1)], -1)
 
 
-RUN = (Layer, Softmax, Folded, Mask, Module, Rotary, Registers, Unbound, PerToken)
+class Guarded(Layer):
+    """Looks at a value of the stream to choose its way."""
+
+    def mix(self, x: torch.Tensor) -> torch.Tensor:
+        return self.q(x) if bool((x.abs().amax() + 1) > 0) else x
+
+
+RUN = (Layer, Softmax, Folded, Mask, Module, Rotary, Registers, Unbound, PerToken, Guarded)
 
 
 @dataclasses.dataclass
@@ -304,6 +311,17 @@ class Pooled(Layer):
         return self.pool(x)
 
 
+@torch.library.custom_op("diffcache_test::relu", mutates_args=())
+def relu(x: torch.Tensor) -> torch.Tensor:
+    """Goes by the name of an op that it is not."""
+    return x - x.mean(1, keepdim=True)
+
+
+class Namesake(Layer):
+    def mix(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.diffcache_test.relu(self.q(x))
+
+
 class Batched(Layer):
     """Tokens of all samples in one axis."""
 
@@ -314,8 +332,8 @@ class Batched(Layer):
 @pytest.mark.parametrize(
     ("kind", "node"),
     [(Alone, "attention"), (Causal, "scaled_dot_product_attention"), (Convolved, "conv"), (Centred, "mean"),
-     (Turned, "flip"),     (Pairs, "reshape"), (Across, "matmul"), (Unknown, "einsum"), (Sliced, ""), (Pooled, "pool"),
-     (Batched, "reshape")],
+     (Turned, "flip"), (Pairs, "reshape"), (Across, "matmul"), (Unknown, "einsum"), (Namesake, "relu"),
+     (Sliced, ""), (Pooled, "pool"), (Batched, "reshape")],
 )  # fmt: skip
 def test_what_mixes_tokens_is_refused_by_name(kind: type[Layer], node: str) -> None:
     with pytest.raises(ValueError, match=rf"'layer' cannot run on a few tokens: .*'[^']*{node}"):

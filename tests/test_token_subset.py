@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from diffcache.graphs import count_ops
 from diffcache.ops import extrapolate
 from diffcache.passes.apply_schedule import apply_schedule
 from diffcache.passes.eliminate_dead_code import eliminate_dead_code
+from diffcache.passes.fuse_forecasts import fuse_forecasts
 from diffcache.passes.subset_tokens import TokenRow, subset_tokens
 from diffcache.pipeline import PREPARE, run_passes
 from diffcache.schedule import COMPUTE, SKIP, Cell, Forecast
@@ -57,7 +57,7 @@ class Case:
             "apply_schedule": {"sites": sites, "cells": decided},
             "subset_tokens": {"token_rows": [row for row in rows if row.row not in (cells or {})]},
         }
-        passes = (apply_schedule, subset_tokens, eliminate_dead_code)
+        passes = (apply_schedule, subset_tokens, eliminate_dead_code, fuse_forecasts)
         return run_passes(self.body, passes, options, title="test")[0]
 
     def leaves(self, step: int) -> tuple[list[Any], list[Any]]:
@@ -120,24 +120,19 @@ def case(name: str, batch: int = 2) -> Case:
 # -- what is asked of every family and role ---------------------------------------------------------------------------
 
 
-def places() -> list[tuple[str, str]]:
-    """One site of each role of each family, the middle one; blocks of two kinds count as two roles."""
-    found: dict[tuple[str, str, tuple[int, ...], int], list[str]] = {}
-    for name in TRANSFORMERS:
-        if FAMILIES[name].requires and not _installed(FAMILIES[name].requires):
-            continue
-        for site in case(name).sites.values():
-            region = case(name).regions.get(site.name)
-            if region is not None:
-                found.setdefault((name, site.role, region.tokens, len(region.kept)), []).append(site.name)
-    return [(name, sites[len(sites) // 2]) for (name, *_), sites in found.items()]
+PLACES = [(name, role) for name in TRANSFORMERS for role in ROLES] + [("flux", "output"), ("skip_dit", "deepest")]
+everywhere = pytest.mark.parametrize(("name", "role"), PLACES)
 
 
-def _installed(library: str) -> bool:
-    return importlib.util.find_spec(library) is not None
-
-
-PLACES = places()
+def of_role(this: Case, role: str) -> list[str]:
+    """The sites of a role that differ in their streams or in what they keep, the middle one of each kind."""
+    kinds: dict[tuple[tuple[int, ...], int], list[str]] = {}
+    for site in this.sites.values():
+        if site.role == role:
+            region = this.regions[site.name]
+            kinds.setdefault((region.tokens, len(region.kept)), []).append(site.name)
+    assert kinds, f"no site of role {role}"
+    return [names[len(names) // 2] for names in kinds.values()]
 
 
 def computed(case: Case, site: str) -> fx.GraphModule:
@@ -166,11 +161,15 @@ def quarter(tokens: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(max(1, n // 4) for n in tokens)
 
 
-@pytest.mark.parametrize(("name", "site"), PLACES)
+@everywhere
 @torch.no_grad()
-def test_all_tokens_are_the_computed_step(name: str, site: str) -> None:
+def test_all_tokens_are_the_computed_step(name: str, role: str) -> None:
     """Bit for bit: the result, and everything that history keeps, from stale history."""
-    this = case(name)
+    for site in of_role(case(name), role):
+        check_all_tokens_are_the_computed_step(case(name), site)
+
+
+def check_all_tokens_are_the_computed_step(this: Case, site: str) -> None:
     tokens = this.regions[site].tokens
     full = computed(this, site)
     _, old = this.run(full, 0, {})
@@ -182,10 +181,15 @@ def test_all_tokens_are_the_computed_step(name: str, site: str) -> None:
     assert any(not torch.equal(old[place], new[place]) for place in new), "nothing moved between the steps"
 
 
-@pytest.mark.parametrize(("name", "site"), PLACES)
+@everywhere
 @torch.no_grad()
-def test_a_few_tokens_are_fresh_and_the_others_are_the_cache(name: str, site: str) -> None:
-    this, region = case(name), case(name).regions[site]
+def test_a_few_tokens_are_fresh_and_the_others_are_the_cache(name: str, role: str) -> None:
+    for site in of_role(case(name), role):
+        check_a_few_tokens_are_fresh_and_the_others_are_the_cache(case(name), site)
+
+
+def check_a_few_tokens_are_fresh_and_the_others_are_the_cache(this: Case, site: str) -> None:
+    region = this.regions[site]
     counts = quarter(region.tokens)
     chosen = draw(region.tokens, counts)
     _, old = this.run(computed(this, site), 0, {})
@@ -251,11 +255,16 @@ class Reference(torch.fx.Interpreter):
         return masks[0][:, None, :, None]
 
 
-@pytest.mark.parametrize(("name", "site"), PLACES)
+@everywhere
 @torch.no_grad()
-def test_any_tokens_are_right_when_nothing_changed(name: str, site: str) -> None:
+def test_any_tokens_are_right_when_nothing_changed(name: str, role: str) -> None:
     """Up to the rounding of products of another size."""
-    this, region = case(name), case(name).regions[site]
+    for site in of_role(case(name), role):
+        check_any_tokens_are_right_when_nothing_changed(case(name), site)
+
+
+def check_any_tokens_are_right_when_nothing_changed(this: Case, site: str) -> None:
+    region = this.regions[site]
     counts = quarter(region.tokens)
     expected, old = this.run(computed(this, site), 2, {})
     result, written = this.run(partial(this, site, counts), 2, old, draw(region.tokens, counts))
@@ -264,11 +273,16 @@ def test_any_tokens_are_right_when_nothing_changed(name: str, site: str) -> None
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize(("name", "site"), PLACES)
+@everywhere
 @torch.no_grad()
-def test_fewer_tokens_are_less_work(name: str, site: str) -> None:
+def test_fewer_tokens_are_less_work(name: str, role: str) -> None:
     """With a quarter of the tokens a good part of what the site costs is saved."""
-    this, region = case(name), case(name).regions[site]
+    for site in of_role(case(name), role):
+        check_fewer_tokens_are_less_work(case(name), site)
+
+
+def check_fewer_tokens_are_less_work(this: Case, site: str) -> None:
+    region = this.regions[site]
     full = computed(this, site)
     _, old = this.run(full, 0, {})
     counts = quarter(region.tokens)
