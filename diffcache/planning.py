@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from diffcache.profiling import Calibration, Generate
 from diffcache.recipes import Plan
 from diffcache.report import relative_error
 from diffcache.schedule import Schedule, SiteChoice
+from diffcache.trajectories import trajectory
 
 
 def plan_of(calibration: Calibration, generate: Generate | None = None, prompts: int = 1) -> Plan:
@@ -20,12 +24,17 @@ def plan_of(calibration: Calibration, generate: Generate | None = None, prompts:
         found = [relative_error(generate(cached, i), calibration.references[i]) for i in range(prompts)]
         return sum(found) / len(found)
 
+    def values(name: str) -> NDArray[np.float32]:
+        assert generate is not None
+        return trajectory(calibration, generate, name, sites[name].residual)
+
     return Plan(
         calibration.profile.steps,
         tuple(sites.values()),
         calibration.profile.clock,
         calibration.profile,
         error_of=None if generate is None else error,
+        trajectory_of=None if generate is None else values,
     )
 
 

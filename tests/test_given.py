@@ -278,16 +278,12 @@ def test_each_value_of_a_site_has_weights_of_its_own() -> None:
         first, second = sample(denoiser, Request(seed=3)), sample(denoiser, Request(seed=3))
     assert torch.equal(first, second)
     (programs,) = denoiser._programs.values()
-    inputs = {tuple(name for name in program.order if name.startswith("weights")) for _, program in _made(programs)}
+    inputs = {tuple(name for name in program.order if name.startswith("weights")) for program in programs.made()}
     assert inputs == {(), ("weights_0_0", "weights_0_1")}
     # on a straight line of two values "curvature" is plain extrapolation: the same as with shared weights
     straight = found.cached(schedule_of(found, {site.name: "CCggCCgg"}, online=Online("curvature", 2)))
     shared = found.cached(schedule_of(found, {site.name: "CCggCCgg"}, online=Online("newton", 2, {"order": 1})))
     torch.testing.assert_close(sample(straight, Request(seed=3)), sample(shared, Request(seed=3)))
-
-
-def _made(programs: Any) -> Any:
-    return programs._scheduled()
 
 
 def test_a_recipe_with_a_probe() -> None:

@@ -34,7 +34,7 @@ LAYERS = [
     {"streams"},
     {"runtime"},
     {"profiling"},
-    {"integrations"},
+    {"integrations", "trajectories"},
     {"saving", "targets"},
     {"planning"},
     {"judging"},
