@@ -5,12 +5,14 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.set-up
+PEERS  := .venv-peers
 
-.PHONY: help demo test lint types setup wheel clean
+.PHONY: help demo test agreement lint types setup wheel clean
 
 help:
 	@echo "make demo           compile the emoji denoiser and compare it with the uncached one (QUICK=1: a shorter run)"
 	@echo "make test           run the tests (ARGS='-k layout -x' is passed on to pytest)"
+	@echo "make agreement      compare with the peers' own code, in $(PEERS) (ARGS as for test)"
 	@echo "make lint           ruff: rules and formatting"
 	@echo "make types          mypy over the package"
 	@echo "make setup          only build $(VENV)"
@@ -22,6 +24,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+agreement: $(PEERS)/.set-up
+	$(PEERS)/bin/python -m pytest benchmarks/agreement $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -49,6 +54,15 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
+# The peers get an environment of their own; the lock constrains them, so that both sides run on one torch.
+$(PEERS)/.set-up: requirements.lock benchmarks/agreement/requirements.txt pyproject.toml
+	@echo "Setting up $(PEERS) from requirements.lock and the peers (a few minutes the first time)"
+	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -r requirements.lock -r benchmarks/agreement/requirements.txt -c requirements.lock
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis out
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './$(PEERS)/*' -prune -exec rm -rf {} +

@@ -19,7 +19,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from diffcache.kernels.extrapolate import BLOCK, MAX_HISTORY, extrapolate_kernel
+from diffcache.kernels.extrapolate import BLOCK, DENSE_BLOCK, MAX_HISTORY, dense_kernel, extrapolate_kernel
 from diffcache.kernels.quantize import quantize_kernel
 from diffcache.kernels.relative_change import BLOCK as CHANGE_BLOCK
 from diffcache.kernels.relative_change import MAX_PARTS, partial_kernel, ratio_kernel
@@ -74,7 +74,20 @@ def extrapolation(name: str, value: str, history: str = "", targets: Any = tuple
     return Case(name, extrapolate_kernel, pointers, constants, targets)
 
 
+def dense(name: str, value: str, **switches: Any) -> Case:
+    """The kernel for tensors that lie alike without gaps."""
+    pointers = {"p_weights": "*fp32", "p_out": f"*{value}", "p_anchor": f"*{value}"}
+    pointers |= {f"p_h{age}": f"*{value}" for age in range(MAX_HISTORY)}
+    wide = tl.float64 if value == "fp64" else tl.float32
+    constants = {"K": 2, "HAS_ANCHOR": True, "WIDE": wide, "BLOCK": DENSE_BLOCK} | switches
+    return Case(name, dense_kernel, pointers, constants)
+
+
 def cases() -> Iterator[Case]:
+    for count in range(1, MAX_HISTORY + 1):
+        yield dense(f"dense extrapolate bf16, K = {count}", "bf16", K=count)
+    for value in ("fp16", "fp32", "fp64"):
+        yield dense(f"dense extrapolate {value}", value)
     for count in range(1, MAX_HISTORY + 1):
         yield extrapolation(f"extrapolate bf16, K = {count}", "bf16", K=count)
     for value in ("fp16", "fp32", "fp64"):

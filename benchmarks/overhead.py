@@ -58,17 +58,18 @@ def conditions(
 
 
 def sampler(
-    dim: int, tokens: int, words: int, device: str, dtype: torch.dtype = torch.float32, pooled: int | None = None
-) -> Callable[[Any, Any], torch.Tensor]:
+    dim: int, tokens: int, words: int, device: str, dtype: torch.dtype = torch.float32, pooled: int | None = None,
+    steps: int = STEPS,
+) -> Callable[[Any, Any], torch.Tensor]:  # fmt: skip
     """Euler's method on the flow, for ``diffcache.compile``."""
     prompt = conditions(dim, tokens, words, device, dtype, pooled)
 
     @torch.no_grad()
     def sample(denoiser: Any, seed: int) -> torch.Tensor:
         x = torch.randn(1, tokens, 64, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
-        for step in range(STEPS):
-            t = torch.full((1,), 1 - step / STEPS, device=device, dtype=dtype)
-            x = x - denoiser(hidden_states=x, timestep=t, return_dict=False, **prompt)[0] / STEPS
+        for step in range(steps):
+            t = torch.full((1,), 1 - step / steps, device=device, dtype=dtype)
+            x = x - denoiser(hidden_states=x, timestep=t, return_dict=False, **prompt)[0] / steps
         return x
 
     return sample
@@ -165,7 +166,7 @@ def operations(gated: bool, device: str, depth: tuple[int, int] = (19, 38)) -> t
     site = next(s for s in calibration.sites.values() if s.role == "stack0")
     schedule = recipes.uniform(interval=2, site=site.name, predictor="taylor", order=2).schedule(plan_of(calibration))
     if gated:
-        gate = GateSpec("accumulated_change", {"budget": 1e9})
+        gate = GateSpec("accumulated_change", {"threshold": 1e9})
         schedule = replace(schedule, rows=tuple(replace(row, gate=gate) for row in schedule.rows))
     fast = calibration.cached(schedule)
     sample(fast, 3)

@@ -14,13 +14,14 @@ from typing import Any
 from diffcache import searching
 from diffcache.budget import Budget, Exact, Quality, Speedup
 from diffcache.call_pattern import CallPattern
+from diffcache.finding import SiteFinder
 from diffcache.fingerprint import graph_fingerprint
 from diffcache.judging import Effort, judge
 from diffcache.memory import in_words
 from diffcache.options import RunOptions
 from diffcache.planning import plan_of
 from diffcache.profile_record import Profile
-from diffcache.profiling import Calibration, SiteFinder, calibrate
+from diffcache.profiling import MAX_SITES, Calibration, calibrate
 from diffcache.progress import Report, display
 from diffcache.recipes import Recipe, evenly
 from diffcache.runtime import CachedDenoiser
@@ -29,6 +30,8 @@ from diffcache.schedule import Schedule
 from diffcache.targets import Sample, Target, find_targets
 from diffcache.tracing.captured import Captured
 from diffcache.tracing.errors import CaptureError
+
+ALL_SITES = 100_000  # a recipe may be about any of them
 
 
 def profile(
@@ -173,6 +176,7 @@ def _compile_one(
         leaf_modules=effort.leaf_modules,
         sensitivity_prompts=min(effort.sensitivity_prompts, prompts) if effort.searches else 0,
         min_steps=1 if effort.exact else 4,
+        most_sites=ALL_SITES if effort.recipe is not None else MAX_SITES,
         report=report,
     )
     candidates = _candidates(calibration, target, effort, RunOptions(**options))

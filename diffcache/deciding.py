@@ -91,7 +91,7 @@ class Deciding:
         for number, gate in enumerate(self.gates):
             computed = not any(isinstance(column[row], Forecasting) for row in self.rows_of[number])
             moment = self._moment(number)
-            numbers = gate.see(seen[number], moment) if seen.get(number) else None
+            numbers = gate.see(seen[number], moment, computed) if seen.get(number) else None
             if numbers is not None:
                 self._coming[number] = HostRead(numbers)
             gate.done(moment, computed)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
+from diffcache.measuring import Array, measure_changes
 from diffcache.profiling import Calibration, Generate
 from diffcache.recipes import Plan
 from diffcache.report import relative_error
 from diffcache.schedule import Schedule, SiteChoice
+from diffcache.sites import Site
 from diffcache.trajectories import trajectory
 
 
@@ -26,13 +30,22 @@ def plan_of(calibration: Calibration, generate: Generate | None = None, prompts:
 
     def values(name: str) -> NDArray[np.float32]:
         assert generate is not None
-        return trajectory(calibration, generate, name, sites[name].residual)
+        return trajectory(calibration, generate, name, calibration.finder.first(name).residual)
+
+    total = calibration.profile.total_flops
+    run = generate or _nothing
+
+    @functools.cache
+    def measured(names: tuple[str, ...], how: str, gaps: int, raw: bool) -> dict[str, Array]:
+        return measure_changes(calibration, run, prompts, names, how, gaps, raw)
 
     return Plan(
         calibration.profile.steps,
         tuple(sites.values()),
         calibration.profile.clock,
         calibration.profile,
+        find=lambda names: [_choice(calibration.finder.first(name), total) for name in names],
+        measure_with=None if generate is None else measured,
         error_of=None if generate is None else error,
         trajectory_of=None if generate is None else values,
     )
@@ -41,4 +54,23 @@ def plan_of(calibration: Calibration, generate: Generate | None = None, prompts:
 def site_choices(calibration: Calibration) -> Sequence[SiteChoice]:
     """What recipes choose from: every site of the capture."""
     total = calibration.profile.total_flops
-    return [SiteChoice(s.name, s.residual, s.flops_saved / total, s.role) for s in calibration.sites.values()]
+    return [_choice(site, total) for site in calibration.finder.everywhere()]
+
+
+def _choice(site: Site, total: float) -> SiteChoice:
+    """What recipes need to know of a site; ``total`` is the FLOPs of one call."""
+    return SiteChoice(
+        site.name,
+        site.residual,
+        site.flops_saved / total,
+        site.role,
+        site.depth,
+        site.blocks,
+        site.kind,
+        site.level,
+        site.side,
+    )
+
+
+def _nothing(denoiser: nn.Module, index: int) -> Tensor:
+    raise AssertionError("a plan without generations")

@@ -10,7 +10,7 @@ import contextlib
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -20,8 +20,9 @@ from torch import fx, nn
 
 from diffcache import gram
 from diffcache.call_pattern import CallPattern, LoggedCall, find_pattern, log_call
-from diffcache.cost import Cost, measure_cost
-from diffcache.memory import MemoryPlan, entry_bytes, plan_memory
+from diffcache.cost import Cost
+from diffcache.finding import SiteFinder
+from diffcache.memory import MemoryPlan, entry_bytes, plan_memory, probe_entry
 from diffcache.options import RunOptions
 from diffcache.profile_record import Profile, SiteProfile
 from diffcache.programs import Programs
@@ -29,10 +30,10 @@ from diffcache.progress import Report, silent
 from diffcache.report import relative_error
 from diffcache.runtime import CachedDenoiser
 from diffcache.schedule import COMPUTE, Forecast, Row, Schedule
-from diffcache.sites import Site, find_sites
+from diffcache.sites import Site
 from diffcache.tracing.captured import Captured
 from diffcache.tracing.errors import GuardFailed
-from diffcache.tracing.session import Bound, unbind
+from diffcache.tracing.session import Bound
 from diffcache.tracing.variant import Variant
 
 SKETCH = 4096
@@ -65,40 +66,20 @@ class Calibration:
 
     def memory(self, schedule: Schedule, options: RunOptions) -> MemoryPlan:
         """What history of a schedule costs at the calibrated shapes."""
-        sites = [self.sites[row.site] for row in schedule.rows]
+        sites = [self.sites.get(row.site) or self.finder.first(row.site) for row in schedule.rows]
         sizes = entry_bytes(self.graph, sites, options.small)
+        looks = [self.finder.first(name) for row in schedule.rows for name in row.probes]
+        first = [replace(probe, values=probe.values[:1]) for probe in looks]
+        sizes |= {probe_entry(name): size for name, size in entry_bytes(self.graph, first).items()}
         return plan_memory(schedule, sizes, streams=self.pattern.streams, offload=options.offload_history)
-
-
-class SiteFinder:
-    """Sites of a variant by name; costs and sites of each variant are found once."""
-
-    def __init__(self, captured: Captured):
-        self.captured = captured
-        self._found: dict[int, tuple[Cost, list[Site]]] = {}
-
-    def all(self, variant: Variant, bound: Bound) -> tuple[Cost, list[Site]]:
-        found = self._found.get(id(variant))
-        if found is None:
-            args, kwargs = unbind(self.captured.signature, bound)
-            cost = measure_cost(variant.graph_module, args, kwargs)
-            found = self._found[id(variant)] = (cost, find_sites(variant.graph_module, variant.trace.calls, cost))
-        return found
-
-    def __call__(self, variant: Variant, bound: Bound, names: Sequence[str]) -> Sequence[Site]:
-        sites = {site.name: site for site in self.all(variant, bound)[1]}
-        return [sites[name] for name in names if name in sites]
-
-    def flops(self, variant: Variant, bound: Bound) -> Mapping[str, float]:
-        """FLOPs of every node."""
-        return self.all(variant, bound)[0].flops
 
 
 class _Observer(nn.Module):
     """Stands in for the denoiser during calibration: computes everything, logs the call, sketches every site."""
 
-    def __init__(self, captured: Captured, finder: SiteFinder):
+    def __init__(self, captured: Captured, finder: SiteFinder, wanted: Sequence[str] = (), most: int = MAX_SITES):
         super().__init__()
+        self.wanted, self.most = tuple(wanted), most
         self.denoiser = captured.denoiser
         object.__setattr__(self, "captured", captured)
         self.finder, self.sites, self.everywhere, self.total = finder, [], set(), 0.0
@@ -137,10 +118,10 @@ class _Observer(nn.Module):
         if programs is None:
             cost, sites = self.finder.all(variant, bound)
             if not self.sites:
-                self.sites, self.total = _chosen(sites, cost), cost.total
+                asked = [self.finder.parts(variant, bound).named(name) for name in self.wanted]
+                self.sites, self.total = _chosen(sites, cost, asked, self.most), cost.total
                 self.everywhere = {site.name for site in self.sites}
-            here = {site.name: site for site in sites}
-            kept = [here[site.name] for site in self.sites if site.name in here]
+            kept = list(self.finder(variant, bound, [site.name for site in self.sites]))
             programs = self._programs[id(variant)] = Programs(variant, (), kept, title="profile")
         cells = (COMPUTE,) * len(programs.sites)
         program = programs.observing()
@@ -159,28 +140,34 @@ class _Observer(nn.Module):
         return result
 
 
-def _chosen(sites: Sequence[Site], cost: Cost) -> list[Site]:
-    """Sites worth profiling: named roles first, then those that save most."""
+def _chosen(sites: Sequence[Site], cost: Cost, asked: Sequence[Site] = (), most: int = MAX_SITES) -> list[Site]:
+    """Sites worth profiling: all that were asked for, named roles, then those that save most."""
     worthwhile = [site for site in sites if site.flops_saved > 0.01 * cost.total]
     first = [
         site for site in worthwhile if site.role in ("stack", "stack0", "stack2", "output", "deepest", "deep", "cut")
     ]
-    return (first + [site for site in worthwhile if site not in first])[:MAX_SITES]
+    rest = [site for site in worthwhile if site not in first]
+    others = [site for site in first + rest if site not in asked]
+    return [*dict.fromkeys(asked), *others][: max(most, len(asked))]
 
 
-_SIGNS: dict[tuple[int, int], torch.Tensor] = {}
+_SIGNS: dict[tuple[int, int, torch.device], torch.Tensor] = {}
 
 
 def sketch(value: torch.Tensor, salt: int = 0) -> torch.Tensor:
-    """A projection to ``SKETCH`` numbers: E<sketch(v), sketch(w)> = <v, w>; a small v is only reordered."""
-    flat = value.detach().flatten().to("cpu", torch.float32)
+    """A projection to ``SKETCH`` numbers: E<sketch(v), sketch(w)> = <v, w>; a small v is only reordered.
+
+    Summed where the value lies, with the same signs on every device; only the sums travel to the host.
+    """
+    flat = value.detach().flatten().to(torch.float32)
     rows = math.ceil(flat.numel() / SKETCH)
-    key = (rows, salt)
+    key = (rows, salt, flat.device)
     if key not in _SIGNS:
         generator = torch.Generator().manual_seed(1009 * salt + 17)
-        _SIGNS[key] = torch.randint(0, 2, (rows, SKETCH), generator=generator, dtype=torch.int8) * 2 - 1
+        signs = torch.randint(0, 2, (rows, SKETCH), generator=generator, dtype=torch.int8) * 2 - 1
+        _SIGNS[key] = signs.to(flat.device)
     padded = torch.nn.functional.pad(flat, (0, rows * SKETCH - flat.numel())).view(rows, SKETCH)
-    return (padded * _SIGNS[key]).sum(0)
+    return (padded * _SIGNS[key]).sum(0).cpu()
 
 
 def calibrate(
@@ -192,17 +179,23 @@ def calibrate(
     leaf_modules: Sequence[Any] = (),
     sensitivity_prompts: int = 1,
     min_steps: int = 4,
+    wanted: Sequence[str] = (),
+    most_sites: int = MAX_SITES,
     report: Report = silent,
 ) -> Calibration:
     """Profile one denoiser over ``prompts`` generations.
 
+    ``wanted`` names sites that must be among those measured, whatever they save: ``blocks[8:-2]`` and the other forms
+    of ``ranges`` are made on request. At most ``most_sites`` are measured, those of named roles first.
+
     Raises:
-        ValueError: the sampler never calls the denoiser, calls it fewer than ``min_steps`` times, or gives NaN.
+        ValueError: the sampler never calls the denoiser, calls it fewer than ``min_steps`` times, or gives NaN; or
+            the denoiser has no site of a wanted name.
         CaptureError: the denoiser cannot be captured exactly.
     """
     captured = Captured(denoiser, leaf_modules=leaf_modules)
     finder = SiteFinder(captured)
-    observer = _Observer(captured, finder)
+    observer = _Observer(captured, finder, wanted, most_sites)
     generations: list[list[LoggedCall]] = []
     sketches: list[list[torch.Tensor]] = []
     references = []

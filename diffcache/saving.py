@@ -11,12 +11,12 @@ from typing import Any
 from torch import nn
 
 from diffcache.call_pattern import CallPattern
+from diffcache.finding import SiteFinder
 from diffcache.fingerprint import graph_fingerprint, module_fingerprint
 from diffcache.integrations.diffusers import is_pipeline, with_components
 from diffcache.lower import check_backend
 from diffcache.options import RunOptions
 from diffcache.profile_record import Profile
-from diffcache.profiling import SiteFinder
 from diffcache.report import CompileReport
 from diffcache.runtime import CachedDenoiser
 from diffcache.schedule import Schedule

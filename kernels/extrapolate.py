@@ -1,5 +1,7 @@
-"""Triton kernel of ``torch.ops.diffcache.extrapolate``: every history tensor is read once, the result written once.
+"""Triton kernels of ``torch.ops.diffcache.extrapolate``: every history tensor is read once, the result written once.
 
+``dense_kernel`` takes tensors that lie in memory alike without gaps, as history does: no strides, and few arguments,
+for each costs time to launch. ``extrapolate_kernel`` takes every layout, gates, tables, scales and the modulated norm.
 The eager body in ``diffcache/ops.py`` is the truth, down to where it rounds. Nothing is registered here.
 """
 
@@ -14,11 +16,52 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from diffcache.kernels.layout import as_triple, laid_out_alike
+from diffcache.kernels.layout import as_triple, laid_out_alike, lie_alike
 
 MAX_HISTORY = 6
 BLOCK = 2048  # elements of one program, where no sum along a row asks for more: 128-bit loads on every GPU
+DENSE_BLOCK = 2048  # of dense_kernel, by 128 threads: 32 bytes of each tensor in flight for each
 LONGEST_ROW = 16384  # elements that one program can normalise
+
+
+@triton.jit
+def dense_kernel(  # type: ignore[no-untyped-def]  # Triton's values have no types
+    p_out, p_anchor, p_h0, p_h1, p_h2, p_h3, p_h4, p_h5, p_weights, numel,
+    K: tl.constexpr, HAS_ANCHOR: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``out = anchor + total h_0 + sum_{k>=1} w_k (h_k - h_0)`` over ``BLOCK`` neighbours; all is loaded before use."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK  # in int64, for a video passes 2^31 elements
+    o = tl.arange(0, BLOCK)
+    m = o < numel - start
+    b_h0 = tl.load(p_h0 + start + o, mask=m, other=0.0)
+    if K > 1:
+        b_h1 = tl.load(p_h1 + start + o, mask=m, other=0.0)
+    if K > 2:
+        b_h2 = tl.load(p_h2 + start + o, mask=m, other=0.0)
+    if K > 3:
+        b_h3 = tl.load(p_h3 + start + o, mask=m, other=0.0)
+    if K > 4:
+        b_h4 = tl.load(p_h4 + start + o, mask=m, other=0.0)
+    if K > 5:
+        b_h5 = tl.load(p_h5 + start + o, mask=m, other=0.0)
+    if HAS_ANCHOR:
+        b_anchor = tl.load(p_anchor + start + o, mask=m, other=0.0)
+
+    b_base = b_h0.to(WIDE)
+    b_out = b_base * tl.load(p_weights).to(WIDE)
+    if K > 1:
+        b_out += tl.load(p_weights + 1).to(WIDE) * (b_h1.to(WIDE) - b_base)
+    if K > 2:
+        b_out += tl.load(p_weights + 2).to(WIDE) * (b_h2.to(WIDE) - b_base)
+    if K > 3:
+        b_out += tl.load(p_weights + 3).to(WIDE) * (b_h3.to(WIDE) - b_base)
+    if K > 4:
+        b_out += tl.load(p_weights + 4).to(WIDE) * (b_h4.to(WIDE) - b_base)
+    if K > 5:
+        b_out += tl.load(p_weights + 5).to(WIDE) * (b_h5.to(WIDE) - b_base)
+    if HAS_ANCHOR:
+        b_out += b_anchor.to(WIDE)
+    tl.store(p_out + start + o, b_out.to(p_out.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -116,6 +159,24 @@ def extrapolate_kernel(  # type: ignore[no-untyped-def]
         tl.store(p_modulated + o_out, b_norm.to(VALUE), mask=m)
 
 
+def _launch_dense(out: Tensor, anchor: Tensor | None, values: list[Tensor], weights: Tensor) -> None:
+    """On tensors whose elements lie alike and without gaps."""
+    newest, numel = values[0], out.numel()
+    padded = (values + [newest] * MAX_HISTORY)[:MAX_HISTORY]
+    with _current(out):
+        wrap_triton(dense_kernel)[(triton.cdiv(numel, DENSE_BLOCK),)](
+            out, newest if anchor is None else anchor, *padded, weights, numel,
+            K=len(values), HAS_ANCHOR=anchor is not None,
+            WIDE=tl.float64 if out.dtype == torch.float64 else tl.float32,
+            BLOCK=DENSE_BLOCK,
+        )  # fmt: skip
+
+
+def _current(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
 def extrapolate(
     anchor: Tensor | None,
     history: Sequence[Tensor],
@@ -143,6 +204,10 @@ def extrapolate(
         return None
     weights = weights.to(out.device)
     table = weights.ndim > 1
+    if not (scales or table or modulation) and gate is None and weights.is_contiguous():
+        if lie_alike([out, *values, *(() if anchor is None else (anchor,))]):
+            _launch_dense(out, anchor, values, weights)
+            return out, out
     scaled = laid_out_alike(scales) if scales else [newest]
     # an operand that is absent stands in as the newest value: never read, and no obstacle to merging dimensions
     operands = [out, newest if anchor is None else anchor, newest, scaled[0], weights[0] if table else newest,
@@ -158,8 +223,7 @@ def extrapolate(
     s_out, s_anchor, s_history, s_scale, s_weight, s_gate, s_factor, s_shift = strides
     padded = (values + [newest] * MAX_HISTORY)[:MAX_HISTORY]
     padded_scales = (scaled + [scaled[0]] * MAX_HISTORY)[:MAX_HISTORY]
-    # Triton launches on the current device, which need not be the tensor's
-    with torch.cuda.device(out.device) if out.is_cuda else contextlib.nullcontext():
+    with _current(out):
         wrap_triton(extrapolate_kernel)[(count,)](
             out, modulated, operands[1], *padded, *padded_scales, weights, operands[5], factor, shift,
             outer * middle, middle, columns,

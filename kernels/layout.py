@@ -44,3 +44,14 @@ def laid_out_alike(tensors: Sequence[Tensor]) -> list[Tensor]:
     if all(tensor.stride() == tensors[0].stride() for tensor in tensors):
         return list(tensors)
     return [tensor.contiguous() for tensor in tensors]
+
+
+def lie_alike(tensors: Sequence[Tensor]) -> bool:
+    """Whether elements lie in memory as those of the first do; strides of dimensions of one element mean nothing."""
+    first = tensors[0]
+    steps = first.stride()
+    return all(
+        tensor.stride() == steps
+        or all(n == 1 or a == b for n, a, b in zip(first.shape, steps, tensor.stride(), strict=True))
+        for tensor in tensors[1:]
+    )

@@ -97,21 +97,30 @@ class Request:
         return times if self.python_time else [torch.full((self.batch,), t) for t in times]
 
 
-def walk(denoiser: nn.Module, request: Request, prompt: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
+def walk(
+    denoiser: nn.Module, request: Request, prompt: torch.Tensor | None = None, device: str = "cpu"
+) -> Iterator[torch.Tensor]:
     """A sampler that stops after every step, so that two can be interleaved; yields the latent."""
-    x, prompt = request.latent(), request.embeds() if prompt is None else prompt
+    x, prompt = request.latent().to(device), (request.embeds() if prompt is None else prompt).to(device)
     unconditional = isinstance(getattr(denoiser, "denoiser", denoiser), Unconditional)
-    for t in request.times():
+    for t in [t.to(device) if isinstance(t, torch.Tensor) else t for t in request.times()]:
         with torch.no_grad():
             velocity = denoiser(x, t) if unconditional else denoiser(x, t, prompt)
             x = x - velocity / request.steps
         yield x
 
 
-def sample(denoiser: nn.Module, request: Request, prompt: torch.Tensor | None = None) -> torch.Tensor:
+def sample(
+    denoiser: nn.Module, request: Request, prompt: torch.Tensor | None = None, device: str = "cpu"
+) -> torch.Tensor:
     """The latent after the last step."""
-    *_, last = walk(denoiser, request, prompt)
+    *_, last = walk(denoiser, request, prompt, device)
     return last
+
+
+def sample_on_gpu(denoiser: nn.Module, request: Request) -> torch.Tensor:
+    """As ``sample``, all its tensors on the GPU; the latent comes back to the CPU."""
+    return sample(denoiser, request, device="cuda").cpu()
 
 
 def guided(denoiser: nn.Module, request: Request, mode: str = "separate", scale: float = 3.0) -> torch.Tensor:

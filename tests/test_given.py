@@ -167,7 +167,7 @@ def test_a_sampler_that_writes_into_its_latent() -> None:
         return x
 
     found = shared_calibration()
-    spec = diffcache.schedule.GateSpec("accumulated_change", {"budget": 0.3})
+    spec = diffcache.schedule.GateSpec("accumulated_change", {"threshold": 0.3})
     gated = found.cached(schedule_of(found, {"stack0": "Cggggggg"}, spec))
     for denoiser in (by_rule(BY_NAME["decomposed"]), by_rule(BY_NAME["relation"]), gated):
         assert torch.equal(run(denoiser, True), run(denoiser, False))
@@ -205,10 +205,12 @@ def test_the_plan_counts_probes() -> None:
     assert plan.entries == {site: 4, f"probe {FIRST}": 4}
     assert plan.entry_bytes == {site: one_value, f"probe {FIRST}": one_value, "probe latent": 9 * 4 * 4}
     assert plan.device_bytes == 8 * one_value
+    assert shared_calibration().memory(denoiser.schedule, denoiser.options).device_bytes == plan.device_bytes
     by_latent = by_rule(BY_NAME["decomposed"])
     sample(by_latent, request)
     (programs,) = by_latent._programs.values()
     assert programs.memory(by_latent.schedule, by_latent.pattern).device_bytes == 6 * 9 * 4 * 4
+    assert shared_calibration().memory(by_latent.schedule, by_latent.options).device_bytes == 6 * 9 * 4 * 4
 
 
 @gate("every third")

@@ -16,6 +16,7 @@ from diffcache.kernels.extrapolate import BLOCK, MAX_HISTORY, extrapolate  # noq
 from diffcache.kernels.quantize import quantize  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark: list[pytest.MarkDecorator] = [] if INTERPRETED else [pytest.mark.gpu]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 RULE = [2.0, -1.5, 0.75, -0.25, 0.125, -0.125]
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

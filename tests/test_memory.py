@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from diffcache import recipes
 from diffcache.memory import entry_bytes, in_words, plan_memory
 from diffcache.runtime import CachedDenoiser
 from diffcache.schedule import COMPUTE, Forecast, Row, Schedule
-from tests.generation import Request, make, sample, schedule_of, shared_calibration
+from tests.generation import Request, make, sample, sample_on_gpu, schedule_of, shared_calibration, walk
 
 ITEMS = [Request(seed=0), Request(seed=1, prompt=1)]
 
@@ -128,12 +129,21 @@ def test_offloading_changes_nothing_on_a_cpu() -> None:
     )
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_offloaded_history_waits_in_pinned_memory() -> None:
-    fast = diffcache.compile(make().cuda(), ITEMS, sample=lambda d, r: sample(d, r).cuda(), offload_history=True,
-                             recipe=recipes.uniform(interval=2), verbose=False)  # fmt: skip
-    held = [t for stream in fast._streams for t in stream.history.values()]
-    assert all(t.is_pinned() for t in held)
+    fast = diffcache.compile(make().cuda(), ITEMS, sample=sample_on_gpu, verbose=False,
+                             recipe=recipes.uniform(interval=2, predictor="taylor", order=1))  # fmt: skip
+    away = CachedDenoiser(fast.captured, fast.schedule, fast.pattern, fast._find_sites,
+                          options=replace(fast.options, offload_history=True))  # fmt: skip
+    request, last = Request(seed=3), None
+    for number, latent in enumerate(walk(away, request, device="cuda")):
+        held = [t for stream in away._streams for t in stream.history.values()]
+        assert all(t.is_pinned() for t in held)
+        assert held or number == request.steps - 1
+        last = latent
+    assert last is not None
+    assert torch.equal(last.cpu(), sample_on_gpu(fast, request))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from diffcache import gram
 from diffcache.ops import extrapolate
-from diffcache.predictors import FITTED, channel_table, fitted, fitted_weights, forecast_through, projection, weights
+from diffcache.predictors import FITTED, channel_table, fitted_weights, forecast_through, projection, weights
+from diffcache.predictors.fitted import fitted
 from diffcache.predictors.views import (
     PROJECTIONS,
     best_rules,

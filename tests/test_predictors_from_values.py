@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diffcache.ops import extrapolate
-from diffcache.predictors import FROM_VALUES, from_values, modal, weights, weights_from_values
-from diffcache.predictors.from_values import decomposed
+from diffcache.ops import extrapolate, extrapolate_reference
+from diffcache.predictors import FROM_VALUES, modal, weights, weights_from_values
+from diffcache.predictors.from_values import decomposed, from_values
 
 STEPS = [12.0, 9.0, 6.0, 3.0, 0.0]
 TARGET = 13.5
@@ -83,6 +83,18 @@ def test_consistent_rules_have_a_total_of_exactly_one(name: str) -> None:
         name, history, STEPS, TARGET, **inputs(name, history, probes, noise(2, 5, 4, seed=9))
     )
     assert (table[0] == 1.0).all()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("name", sorted(set(FROM_VALUES) - {"modes"}))
+def test_the_host_never_looks_at_a_value(name: str, count: int) -> None:
+    """Tensors without data: whatever asked for a number would fail. Only modes must wait, and says so."""
+    history = [torch.empty(2, 6, 4, device="meta", dtype=torch.bfloat16) for _ in range(count)]
+    given = inputs(name, history, history, torch.empty(2, 6, 4, device="meta", dtype=torch.bfloat16))
+    operands, table = weights_from_values(name, history, STEPS[:count], TARGET, **given)
+    assert table.is_meta
+    assert table.dtype == torch.float32
+    assert extrapolate_reference(None, operands, table).shape == (2, 6, 4)
 
 
 # -- each where its model holds ------------------------------------------------------------------------------------

@@ -581,19 +581,19 @@ def test_gradients_reach_the_parameters_on_a_forecast_step() -> None:
 
 
 def test_a_gate_without_budget_is_exact() -> None:
-    gate = GateSpec("accumulated_change", {"budget": 0.0})
+    gate = GateSpec("accumulated_change", {"threshold": 0.0})
     denoiser = cached(gate=gate)
     assert same(sample(denoiser, Request(seed=3)), sample(eager(), Request(seed=3)))
     assert denoiser.steps_forecast == 0
 
 
 def test_a_generous_gate_changes_nothing() -> None:
-    denoiser = cached(gate=GateSpec("accumulated_change", {"budget": 1e6}))
+    denoiser = cached(gate=GateSpec("accumulated_change", {"threshold": 1e6}))
     assert same(sample(denoiser, Request(seed=3)), sample(cached(), Request(seed=3)))
 
 
 def test_the_sample_that_moves_most_decides_for_its_batch() -> None:
-    spec = GateSpec("accumulated_change", {"budget": 0.15})
+    spec = GateSpec("accumulated_change", {"threshold": 0.15})
     requests = [Request(seed=seed, prompt=seed) for seed in range(4)]
 
     def forecasts(latents: torch.Tensor, prompts: torch.Tensor) -> int:
@@ -618,7 +618,7 @@ def test_a_gate_vetoes_forecasts() -> None:
         sample(denoiser, Request(seed=3))
         # computed, forecast, vetoed (computed), forecast; twice
         assert (denoiser.steps_computed, denoiser.steps_forecast) == (4, 4)
-        tight = cached("CrrrCrrr", gate=GateSpec("accumulated_change", {"budget": 0.06}))
+        tight = cached("CrrrCrrr", gate=GateSpec("accumulated_change", {"threshold": 0.06}))
         sample(tight, Request(seed=3))
     assert 0 < tight.steps_forecast < 6
 

@@ -10,9 +10,9 @@ from torch import fx, nn
 
 import diffcache
 from diffcache.cells import COMPUTE, Forecast
+from diffcache.finding import SiteFinder
 from diffcache.gates import Gate, gate
 from diffcache.graphs import count_ops
-from diffcache.profiling import SiteFinder
 from diffcache.programs import Carried, Program, Programs
 from diffcache.schedule import GateSpec, Online, Row, Schedule
 from diffcache.segments import in_order, segment_numbers
@@ -164,7 +164,7 @@ def test_a_gate_at_a_probe_of_the_graph() -> None:
 
 def test_a_gate_that_always_vetoes_changes_no_bit() -> None:
     found = shared_calibration()
-    spec = GateSpec("accumulated_change", {"budget": 0.0, "probe": "block:blocks.0"})
+    spec = GateSpec("accumulated_change", {"threshold": 0.0, "probe": "block:blocks.0"})
     gated = found.cached(schedule_of(found, {"stack0": "Cggggggg"}, spec))
     with Quiet():
         assert torch.equal(sample(gated, Request(seed=3)), sample(make(), Request(seed=3)))

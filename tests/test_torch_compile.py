@@ -14,11 +14,11 @@ import diffcache
 from diffcache import recipes
 from diffcache.integrations import dynamo
 from diffcache.runtime import CachedDenoiser
-from tests.generation import Request, TextDiT, make, sample
+from tests.generation import Request, TextDiT, make, sample, sample_on_gpu
 
 ITEMS = [Request(seed=0), Request(seed=1, prompt=1)]
 RECIPE = recipes.uniform(interval=2, predictor="taylor", order=1)
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_gpu = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # another compiler rounds in another order
 
 
@@ -65,25 +65,13 @@ def test_by_us_one_graph_a_program_and_no_recompilation() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 def test_recorded_programs(device: str) -> None:
-    def run(denoiser: torch.nn.Module, request: Request) -> torch.Tensor:
-        # the sampler's tensors are on the CPU
-        return sample(denoiser, request) if device == "cpu" else sample(OnGpu(denoiser), request)
-
+    run = sample if device == "cpu" else sample_on_gpu
     fast = diffcache.compile(make().to(device), ITEMS, sample=run, recipe=RECIPE, verbose=False, backend="cudagraphs")
     request = Request(seed=3)
     first = run(fast, request)
     for _ in range(3):
         assert torch.equal(run(fast, request), first)
     torch.testing.assert_close(first, expected(request), **CLOSE)
-
-
-class OnGpu(torch.nn.Module):
-    def __init__(self, denoiser: torch.nn.Module) -> None:
-        super().__init__()
-        self.inner = denoiser
-
-    def forward(self, *args: torch.Tensor) -> torch.Tensor:
-        return self.inner(*(x.cuda() for x in args)).cpu()
 
 
 def test_other_batches_and_resolutions_compile_once_each() -> None:

@@ -9,8 +9,8 @@ At every step, in this order:
 1. ``look(probe, moment)``: the probe's value, on its device, before anything is decided. What it returns (numbers
    ``[samples]`` or ``[samples, k]``) is read on the host, if this step may be forecast.
 2. ``follow(moment, numbers)``: the decision, ``[samples]`` of bool. Only where a forecast is possible.
-3. ``see(values, moment)``: what the gate watches (``watch``), after the step ran; the numbers it returns are handed to
-   ``learn`` before the next decision, so that nothing waits for them.
+3. ``see(values, moment, computed)``: what the gate watches (``watch``), after the step ran; the numbers it returns are
+   handed to ``learn`` before the next decision, so that nothing waits for them.
 4. ``done(moment, computed)``: what came of it.
 
 State may be replaced but not changed in place: a step that has to start again puts back a shallow copy.
@@ -76,7 +76,7 @@ class Gate:
         """Which samples may be forecast. ``numbers`` is ``[samples, k]``; k is 0 where ``look`` returned None."""
         raise NotImplementedError
 
-    def see(self, values: Sequence[Tensor], moment: Moment) -> Tensor | None:
+    def see(self, values: Sequence[Tensor], moment: Moment, computed: bool) -> Tensor | None:
         """Numbers for ``learn`` from what it watches."""
         return None
 

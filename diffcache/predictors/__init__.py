@@ -8,9 +8,9 @@
 - ``views``: different weights for a frequency band, a subspace or a cluster of channels of the same history.
 """
 
-from diffcache.predictors import by_token, fixed, modal
-from diffcache.predictors.fitted import FITTED, fitted, fitted_weights
-from diffcache.predictors.from_values import FROM_VALUES, ValueRule, from_values, weights_from_values
+from diffcache.predictors import by_token, fixed, modal  # their rules register themselves
+from diffcache.predictors.fitted import FITTED, fitted_weights
+from diffcache.predictors.from_values import FROM_VALUES, ValueRule, weights_from_values
 from diffcache.predictors.mean_velocity import mean_velocity_weights
 from diffcache.predictors.registry import FREE, PREDICTORS, Predictor, predictor, weights
 from diffcache.predictors.views import (
@@ -35,11 +35,9 @@ __all__ = [
     "by_token",
     "channel_table",
     "channel_view",
-    "fitted",
     "fitted_weights",
     "fixed",
     "forecast_through",
-    "from_values",
     "mean_velocity_weights",
     "modal",
     "predictor",

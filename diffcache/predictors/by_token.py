@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffcache.predictors.from_values import from_values, table_of_fixed, wide
+from diffcache.predictors.from_values import constant, from_values, table_of_fixed, wide
 from diffcache.predictors.registry import weights as fixed_weights
 
 
@@ -42,7 +42,7 @@ def token_choice(
     candidates = _candidates(steps, target, max_order, shifts)
     dtype, device = wide(history[0]), history[0].device
     count = len(candidates[0])
-    rules = torch.tensor(candidates, dtype=dtype, device=device)  # [candidates, K]
+    rules = constant(candidates, dtype, device)  # [candidates, K]
     p = probe_now.to(dtype)
     changes = [value.to(dtype) - p for value in probe_history[:count]]
     along = torch.stack([(p * change).sum(-1) for change in changes], dim=-1)  # [..., K]

@@ -145,6 +145,11 @@ def ratio(above: Tensor, below: Tensor, otherwise: float) -> Tensor:
     return torch.where(torch.isfinite(result), result, otherwise)
 
 
+def constant(numbers: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Host numbers as a tensor on the device, without waiting for it."""
+    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
+
+
 def table_of(rows: Sequence[Tensor | float], like: Tensor) -> Tensor:
     """Rows ``[batch]`` or numbers as a table that broadcasts to ``like``: ``[K, batch, 1, ...]``."""
     batch = len(like)

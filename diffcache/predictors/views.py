@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffcache import ops
 from diffcache.cells import View
+from diffcache.predictors.from_values import constant
 from diffcache.predictors.registry import weights as fixed_weights
 
 Projection = Callable[..., Tensor]
@@ -66,8 +67,8 @@ def forecast_through(
     base, more = _base_and_more(outside, inside)
     device, values = history[0].device, list(history[:count])
     dtype = torch.float64 if history[0].dtype == torch.float64 else torch.float32
-    added = project(ops.extrapolate(None, values, torch.tensor(more, dtype=dtype, device=device), None, dtype))
-    whole = ops.extrapolate(anchor, values, torch.tensor(base, dtype=dtype, device=device), None, dtype)
+    added = project(ops.extrapolate(None, values, constant(more, dtype, device), None, dtype))
+    whole = ops.extrapolate(anchor, values, constant(base, dtype, device), None, dtype)
     return (whole + added).to(history[0].dtype)
 
 

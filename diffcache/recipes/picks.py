@@ -26,13 +26,58 @@ def one(wanted: str) -> Pick:
     return pick
 
 
-def every_one(role: str, *roles: str, kind: str = "", first: int = 0, last: int | None = None) -> Pick:
-    """All sites of some roles, in blocks ``first`` to ``last - 1``; of attentions those of a kind only."""
+def requested(name: str, instead: str = "") -> Pick:
+    """A site that is made on request (``blocks[8:-2]``, ``prefix[5]``, ``deep[0]``, ``encoder``), or another role."""
 
     def pick(plan: Plan) -> Sequence[SiteChoice]:
-        found = [site for site in plan.sites if site.role in (role, *roles)]
-        if not found:
-            raise ValueError(f"no site has a role of {[role, *roles]}; the sites and roles here are: {plan.known()}")
-        return found
+        try:
+            return [plan.site(name)]
+        except ValueError:
+            if not instead:
+                raise
+            return one(instead)(plan)
 
     return pick
+
+
+def between(first: int, last: int | None = None) -> Pick:
+    """The residual of blocks ``first`` to ``last - 1``; without blocks in a row, the deepest features."""
+    return requested(f"blocks[{first or ''}:{'' if last is None else last}]", "stack0" if first else "stack")
+
+
+def every_one(*roles: str, kinds: Sequence[str] = (), first: int = 0, last: int | None = None) -> Pick:
+    """All sites of some roles in blocks ``first`` to ``last - 1``; of attentions those of some kinds only."""
+
+    def pick(plan: Plan) -> Sequence[SiteChoice]:
+        found = [site for site in plan.sites if site.role in roles and (not kinds or site.kind in kinds)]
+        chosen = [s for s in found if s.depth < 0 or s.depth in range(*slice(first, last).indices(s.blocks))]
+        if not chosen:
+            what = f"{' or '.join(roles)}{f' of kind {list(kinds)}' if kinds else ''}"
+            raise ValueError(f"no site is an {what}; the sites and roles here are: {plan.known()}")
+        return chosen
+
+    return pick
+
+
+def modules(first: int = 0, last: int | None = None) -> Pick:
+    """Every attention and feed-forward, or where there are none the blocks."""
+
+    def pick(plan: Plan) -> Sequence[SiteChoice]:
+        for roles in (("attention", "feedforward"), ("block",)):
+            if any(site.role in roles for site in plan.sites):
+                return every_one(*roles, first=first, last=last)(plan)
+        return one("stack")(plan)
+
+    return pick
+
+
+def if_any(pick: Pick) -> Pick:
+    """The same, or nothing where there are no such sites: for methods that treat several kinds apart."""
+
+    def pick_if(plan: Plan) -> Sequence[SiteChoice]:
+        try:
+            return pick(plan)
+        except ValueError:
+            return []
+
+    return pick_if

@@ -1,0 +1,139 @@
+"""Predictive caching: features are forecast from their past instead of repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from diffcache.recipes.base import GateSpec, Part, Plan, Predict, Recipe, method
+from diffcache.recipes.picks import modules, one
+from diffcache.recipes.static import at
+from diffcache.recipes.timewise import forced
+from diffcache.schedule import SiteChoice
+
+
+def _every(interval: int, warm_up: int, predictor: Predict, lite: bool = False, site: str = "stack") -> Recipe:
+    """What most of these papers share: warm-up, then every ``interval``-th step, all modules or one site."""
+    sites = one(site) if lite else modules()
+    return Recipe(
+        parts=(Part(sites=sites, when=at("every", interval=interval, warm_up=warm_up, offset=-1), predictor=predictor),)
+    )
+
+
+@method("TaylorSeer", 2025, "predictive", "arXiv 2503.06923", "FLUX 4.99x ImageReward 1.004, DiT 2.77x FID 2.34")
+def taylorseer(interval: int = 5, order: int = 1, warm_up: int = 3) -> Recipe:
+    """Every attention and feed-forward output by a Taylor series in the step: ``sum_i D_i k^i / i!``."""
+    return _every(interval, warm_up, Predict("taylor", {"order": order}))
+
+
+@method("TaylorSeer-Lite", 2025, "predictive", "arXiv 2503.06923")
+def taylorseer_lite(interval: int = 5, order: int = 1, warm_up: int = 3) -> Recipe:
+    """TaylorSeer of the stack's residual alone: a fraction of the memory."""
+    return _every(interval, warm_up, Predict("taylor", {"order": order}), lite=True)
+
+
+@method("Newton", 2025, "predictive", "methods of TaylorSeer's follow-ups")
+def newton(interval: int = 5, order: int = 2, warm_up: int = 3) -> Recipe:
+    """The polynomial through the last values: exact on that degree at any gaps, where TaylorSeer is not."""
+    return _every(interval, warm_up, Predict("newton", {"order": order}), lite=True)
+
+
+@method("AB-Cache", 2025, "predictive", "arXiv 2504.10540", "3x on FLUX and Hunyuan")
+def ab_cache(interval: int = 6, order: int = 2, warm_up: int = 2) -> Recipe:
+    """The output by the Adams-Bashforth weights of the last computed ones, whatever the distance."""
+    return _every(interval, warm_up, Predict("adams_bashforth", {"order": order}), lite=True, site="output")
+
+
+@method("HiCache", 2025, "predictive", "arXiv 2508.16984", "FLUX 5.55x ImageReward .998")
+def hicache(interval: int = 6, order: int = 2, sigma: float = 0.5, warm_up: int = 3) -> Recipe:
+    """TaylorSeer with scaled Hermite polynomials in place of powers."""
+    return _every(interval, warm_up, Predict("hermite", {"order": order, "sigma": sigma}))
+
+
+@method("HiCache++ (DMD)", 2026, "predictive", "hicache-plus-plus", "FLUX 3.14x LPIPS .378")
+def hicache_modes(interval: int = 2, warm_up: int = 3) -> Recipe:
+    """The stack's residual as a sum of modes ``c_i lambda_i^s`` found in its last four to six values."""
+    return _every(interval, warm_up, Predict("modes", history=6), lite=True)
+
+
+@method("FoCa", 2025, "predictive", "arXiv 2508.16211", "FLUX 5.50x, Hunyuan 6.45x")
+def foca(interval: int = 5, warm_up: int = 3, heun: bool = False) -> Recipe:
+    """One BDF2 step of the features' equation; with ``heun`` the reading that corrects it by Heun's rule."""
+    return _every(interval, warm_up, Predict("foca", {"heun": heun}, history=3))
+
+
+@method("Spectrum", 2026, "predictive", "CVPR 2026", "FLUX 3.47x LPIPS .217, Wan 3.40x")
+def spectrum(
+    warm_up: int = 5, window: float = 2.0, growth: float = 0.75, degree: int = 4, ridge: float = 0.1
+) -> Recipe:
+    """Chebyshev polynomials fitted by ridge regression to all computed outputs, in windows that grow.
+
+    Its weights are made to sum to one (``centred``), so that a value that does not change is reproduced.
+    """
+    predictor = Predict("spectrum", {"degree": degree, "ridge": ridge}, history=6)
+    when = at("growing", warm_up=warm_up, window=window, growth=growth)
+    return Recipe(parts=(Part(sites=one("stack"), when=when, predictor=predictor),))
+
+
+@method("ResilPhase", 2026, "predictive", "arXiv 2606.26769")
+def resilphase(interval: int = 6, warm_up: int = 3, order: int = 1, alpha: float = 0.55) -> Recipe:
+    """Barycentric extrapolation of the stack's residual on a clock that tanh compresses."""
+    return _every(interval, warm_up, Predict("barycentric", {"order": order, "alpha": alpha}), lite=True)
+
+
+@method("L2P", 2026, "predictive", "arXiv 2604.26365", "FLUX 4.55x, Qwen-Image 5.59x")
+def l2p(interval: int = 5, warm_up: int = 3, history: int = 6) -> Recipe:
+    """Weights solved in closed form for the steps that this schedule computes, on the calibration's Gram matrix."""
+    return _every(interval, warm_up, Predict("l2p", history=history, fitted=True), lite=True)
+
+
+@method("ScalingCache", 2025, "predictive", "ICLR 2026", "Wan 2.5x PSNR 26.6, FLUX 3.0x LPIPS .131")
+def scalingcache(warm_up: int = 14, scale: float = 1.0, interval: int = 0) -> Recipe:
+    """``y_0 + alpha_s k (y_0 - y_1) / n`` with alpha fitted in calibration for every step and module.
+
+    The steps are ``interval``-spaced after the warm-up; 0 takes the gate that adds up the modules' changes, and then
+    the slope is TaylorSeer's, since alpha depends on which steps were computed.
+    """
+    if interval:
+        return _every(interval, warm_up, Predict("scaling", history=2, fitted=True))
+    gate = GateSpec("accumulated_drift", {"warm_up": warm_up, "scale": scale})
+    taylor = Predict("taylor", {"order": 1})
+    return Recipe(parts=(Part(sites=modules(), when=forced(warm_up), gate=gate, predictor=taylor),))
+
+
+@method("RFC", 2025, "predictive", "arXiv 2602.19506", "FLUX 13.8 computed of 50, Hunyuan 9 of 50")
+def rfc(threshold: float = 0.3, warm_up: int = 3, order: int = 1) -> Recipe:
+    """The direction of TaylorSeer, as far as the input has moved: ``O_0 + s |I - I_0| D / |D|``.
+
+    ``s = |O_0 - O_1| / |I_0 - I_1|``; computed again when the input's own forecast errors add up to a threshold.
+    """
+    gate = GateSpec("input_error", {"threshold": threshold, "probe": "stack_input"})
+    predictor = Predict("relation", {"order": order}, history=4, probe="stack_input")
+    return Recipe(parts=(Part(sites=one("stack"), when=forced(warm_up), gate=gate, predictor=predictor),))
+
+
+@method("VDE", 2026, "predictive", "arXiv 2605.23381", "Qwen-Image 2.04x PSNR 28.6, Wan 2.08x")
+def vde(stable: int = 6, interval: int = 3) -> Recipe:
+    """``v = a z + b |z| u``: a and b on straight lines in time, the direction u kept. The last step is computed."""
+
+    def when(plan: Plan, site: SiteChoice) -> Sequence[int]:
+        return sorted({*range(min(stable, plan.steps)), *range(stable, plan.steps, interval), plan.steps - 1})
+
+    predictor = Predict("decomposed", history=2, probe="latent", timed=True)
+    return Recipe(parts=(Part(sites=one("output"), when=when, predictor=predictor),))
+
+
+@method("GOC", 2025, "predictive", "arXiv 2503.05156", "FORA + 12 % fidelity")
+def goc(interval: int = 2, eta: float = 1.2) -> Recipe:
+    """FORA whose kept modules go on by ``eta`` times their last difference."""
+    return _every(interval, 2, Predict("goc", {"eta": eta}, history=2))
+
+
+@method("TaoCache", 2025, "predictive", "arXiv 2508.08978")
+def taocache(start: float = 0.5, interval: int = 3) -> Recipe:
+    """The output's differences go on with the length and the angle that calibration measured, in late steps only."""
+
+    def late(plan: Plan, site: SiteChoice) -> Sequence[int]:
+        edge = max(2, round(start * plan.steps))
+        return sorted({*range(edge), *range(edge, plan.steps, interval)})
+
+    return Recipe(parts=(Part(sites=one("output"), when=late, predictor=Predict("tao", history=3, fitted=True)),))
