@@ -22,14 +22,66 @@ SKIP = Action.SKIP
 
 
 @dataclass(frozen=True, slots=True)
+class View:
+    """Parts of a value that are forecast otherwise than the rest of it, which goes by the cell itself.
+
+    ``projection`` names the linear map that keeps the part (see ``predictors.views``): a frequency band, a subspace. Or
+    it is "channels", with the option ``labels``: one whole number for each channel, where 0 is the rest and ``i`` the
+    ``i``-th part. ``inside`` says for each part what it is forecast by: of an online cell a rule
+    ``{"predictor": name, "options": {...}}``, of a forecast weights on its steps.
+    """
+
+    projection: str
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    inside: tuple[Any, ...] = field(default=(), hash=False)
+
+    def __post_init__(self) -> None:
+        check_plain(self.options, f"options of projection '{self.projection}'")
+        count = len(self.inside)
+        if self.projection != "channels" and count != 1:
+            raise ValueError(f"a view through '{self.projection}' has {count} rules inside; expected one")
+        labels = set(self.options.get("labels", ()))
+        if self.projection == "channels" and not (labels and labels <= set(range(count + 1))):
+            raise ValueError(
+                f"a view of channels has {count} rules inside and the labels {sorted(labels)}; expected labels=, one "
+                f"number for each channel, from 0 (the rest) to {count}"
+            )
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> View:
+        """A view from plain values: ``projection``, ``options``, and ``inside``, one rule or a list of them."""
+        inside = given["inside"]
+        rules = [inside] if isinstance(inside, Mapping) else list(inside)
+        return cls(given["projection"], given.get("options", {}), tuple(map(_inside, rules)))
+
+    def to_json(self) -> dict[str, Any]:
+        inside = [rule if isinstance(rule, Mapping) else list(rule) for rule in self.inside]
+        return {"projection": self.projection, "options": dict(self.options), "inside": inside}
+
+    def __str__(self) -> str:
+        """What tells programs apart: the projection, not what its part is forecast by; channels are in the weights."""
+        options = {} if self.projection == "channels" else dict(self.options)
+        return f"{self.projection} {json.dumps(options, sort_keys=True)}"
+
+
+def _inside(given: Any) -> Any:
+    if isinstance(given, Mapping):
+        check_plain(given, "a rule inside a view")
+        return {"predictor": str(given["predictor"]), "options": dict(given.get("options", {}))}
+    return tuple(float(weight) for weight in given)
+
+
+@dataclass(frozen=True, slots=True)
 class Forecast:
     """The value of a site at this step is ``sum_k weights[k] * (its value computed at steps[k])``.
 
-    ``steps`` are newest first. Every linear predictor of the literature is such a weight vector.
+    ``steps`` are newest first. Every linear predictor of the literature is such a weight vector. With a ``view`` a part
+    of the value has weights of its own.
     """
 
     steps: tuple[int, ...]
     weights: tuple[float, ...]
+    view: View | None = None
 
     def __post_init__(self) -> None:
         if not self.steps:
@@ -42,6 +94,9 @@ class Forecast:
             raise ValueError(f"forecast steps {self.steps} must be newest first and without duplicates")
         if not all(math.isfinite(weight) for weight in self.weights):
             raise ValueError(f"forecast weights {self.weights} must be finite")
+        for inside in self.view.inside if self.view is not None else ():
+            if len(inside) != len(self.steps) or not all(math.isfinite(weight) for weight in inside):
+                raise ValueError(f"weights {inside} of a view: expected {len(self.steps)} finite ones, one per step")
 
     @property
     def reads(self) -> int:
@@ -51,7 +106,7 @@ class Forecast:
     @property
     def is_reuse(self) -> bool:
         """Whether this repeats one earlier value unchanged, which needs no arithmetic at all."""
-        return self.weights == (1.0,)
+        return self.weights == (1.0,) and self.view is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +116,7 @@ class Online:
     ``history`` is the most values it reads; ``predictor`` and ``options`` name the rule that makes its weights from
     their steps (see ``predictors``). ``timed`` hands the rule the sampler's time instead of step numbers. ``probe`` is
     what a rule that makes its weights from values looks at beside them: "latent", or the name of a probe or site of the
-    graph that is computed before the row's site.
+    graph that is computed before the row's site. ``view`` is for parts of the value that have rules of their own.
     """
 
     predictor: str = "reuse"
@@ -69,6 +124,7 @@ class Online:
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     timed: bool = False
     probe: str = ""
+    view: View | None = None
 
     def __post_init__(self) -> None:
         if self.history < 1:
@@ -129,18 +185,21 @@ def cell_to_json(cell: Cell) -> str | dict[str, Any]:
     if isinstance(cell, Action):
         return cell.value
     if isinstance(cell, Online):
-        found = {"predictor": cell.predictor, "history": cell.history, "options": dict(cell.options)}
+        found: dict[str, Any] = {"predictor": cell.predictor, "history": cell.history, "options": dict(cell.options)}
         more = {"timed": cell.timed, "probe": cell.probe}
-        return found | {name: value for name, value in more.items() if value}
-    assert isinstance(cell, Forecast), f"{cell} is settled anew at every step and is never stored"
-    return {"steps": list(cell.steps), "weights": list(cell.weights)}
+        found |= {name: value for name, value in more.items() if value}
+    else:
+        assert isinstance(cell, Forecast), f"{cell} is settled anew at every step and is never stored"
+        found = {"steps": list(cell.steps), "weights": list(cell.weights)}
+    return found if cell.view is None else {**found, "view": cell.view.to_json()}
 
 
 def cell_from_json(cell: Any) -> Cell:
     """Raises KeyError, TypeError or ValueError for anything that is no cell."""
     if isinstance(cell, str):
         return Action(cell)
+    view = View.of(cell["view"]) if "view" in cell else None
     if "predictor" in cell:
         timed, probe = bool(cell.get("timed", False)), str(cell.get("probe", ""))
-        return Online(cell["predictor"], int(cell["history"]), cell["options"], timed, probe)
-    return Forecast(tuple(int(step) for step in cell["steps"]), tuple(float(weight) for weight in cell["weights"]))
+        return Online(cell["predictor"], int(cell["history"]), cell["options"], timed, probe, view)
+    return Forecast(tuple(int(step) for step in cell["steps"]), tuple(float(w) for w in cell["weights"]), view)

@@ -115,12 +115,13 @@ class Deciding:
             return cell
         if not self._possible(row) or (gate is not None and not self._follows[gate]):
             return COMPUTE
-        if isinstance(cell, Forecast):
-            return cell
-        assert isinstance(cell, Online)
-        if cell.predictor in FROM_VALUES:
+        assert isinstance(cell, Online | Forecast)
+        if isinstance(cell, Online) and cell.predictor in FROM_VALUES:
             return self.probes.given(row, cell, self.made[row], self.step, history)
-        return forecast(cell, self.made[row], self.step, self.schedule.clock)
+        if isinstance(cell, Online):
+            cell = forecast(cell, self.made[row], self.step, self.schedule.clock)
+        self.probes.basis(row, cell, history)
+        return cell
 
 
 def looked_at(schedule: Schedule) -> dict[str, set[str]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from diffcache import predictors
-from diffcache.cells import Forecast, Online
+from diffcache.cells import Forecast, Online, View
 from diffcache.schedule import Row
 
 
@@ -16,7 +17,12 @@ def forecast(cell: Online, made: Sequence[int], step: int, clock: Sequence[float
         ValueError: the rule is unknown, or wants the sampler's times where there are none.
     """
     history = tuple(made[: cell.history])
-    return used(history, predictors.weights(cell.predictor, *times(cell, history, step, clock), **cell.options))
+    at, target = times(cell, history, step, clock)
+    weights = predictors.weights(cell.predictor, at, target, **cell.options)
+    inside = [] if cell.view is None else [
+        predictors.weights(rule["predictor"], at, target, **rule["options"]) for rule in cell.view.inside
+    ]  # fmt: skip
+    return used(history, weights, cell.view, inside)
 
 
 def times(cell: Online, history: Sequence[int], step: int, clock: Sequence[float]) -> tuple[list[float], float]:
@@ -32,17 +38,37 @@ def times(cell: Online, history: Sequence[int], step: int, clock: Sequence[float
     return [clock[at] for at in history], clock[step]
 
 
-def used(history: Sequence[int], weights: Sequence[float]) -> Forecast:
-    """The forecast with these weights, without the zero ones: they would keep a tensor alive that adds nothing."""
-    pairs = [(at, weight) for at, weight in zip(history, weights, strict=False) if weight != 0.0]
-    return Forecast(tuple(at for at, _ in pairs), tuple(weight for _, weight in pairs))
+def used(
+    history: Sequence[int], weights: Sequence[float], view: View | None = None, inside: Sequence[Sequence[float]] = ()
+) -> Forecast:
+    """The forecast with these weights, without the zero ones: they would keep a tensor alive that adds nothing.
+
+    ``inside`` are the weights of the parts that ``view`` tells apart.
+    """
+    table = [[*rule, *[0.0] * (len(history) - len(rule))] for rule in (weights, *inside)]
+    chosen = [k for k in range(len(history)) if any(rule[k] != 0.0 for rule in table)]
+    outside, *others = (tuple(rule[k] for k in chosen) for rule in table)
+    parts = None if view is None else replace(view, inside=tuple(others))
+    return Forecast(tuple(history[k] for k in chosen), outside, parts)
 
 
 def check_rules(row: Row) -> None:
     """Raise ValueError for rules of a row that are unknown, lack the probe they look at, or look at none."""
     for cell in row.cells:
+        view = cell.view if isinstance(cell, Online | Forecast) else None
+        if view is not None and view.projection not in ("channels", *predictors.PROJECTIONS):
+            raise ValueError(
+                f"site '{row.site}' has a view through the unknown projection '{view.projection}'; "
+                f"known: {sorted(predictors.PROJECTIONS)} and channels"
+            )
         if not isinstance(cell, Online):
             continue
+        rules = [cell.predictor] if view is None else [cell.predictor, *(rule["predictor"] for rule in view.inside)]
+        if view is not None and set(rules) & set(predictors.FROM_VALUES):
+            raise ValueError(
+                f"site '{row.site}' forecasts parts of its value by {rules}, but rules that make their weights from "
+                f"values ({sorted(predictors.FROM_VALUES)}) are for whole values"
+            )
         entry = predictors.FROM_VALUES.get(cell.predictor)
         if entry is None and cell.predictor not in predictors.PREDICTORS:
             known = sorted({*predictors.PREDICTORS, *predictors.FROM_VALUES})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from diffcache.measuring import Array, measure_changes
@@ -13,6 +15,7 @@ from diffcache.recipes import Plan
 from diffcache.report import relative_error
 from diffcache.schedule import Schedule, SiteChoice
 from diffcache.sites import Site
+from diffcache.trajectories import trajectory
 
 
 def plan_of(calibration: Calibration, generate: Generate | None = None, prompts: int = 1) -> Plan:
@@ -24,6 +27,10 @@ def plan_of(calibration: Calibration, generate: Generate | None = None, prompts:
         cached = calibration.cached(schedule)
         found = [relative_error(generate(cached, i), calibration.references[i]) for i in range(prompts)]
         return sum(found) / len(found)
+
+    def values(name: str) -> NDArray[np.float32]:
+        assert generate is not None
+        return trajectory(calibration, generate, name, calibration.finder.first(name).residual)
 
     total = calibration.profile.total_flops
     run = generate or _nothing
@@ -40,6 +47,7 @@ def plan_of(calibration: Calibration, generate: Generate | None = None, prompts:
         find=lambda names: [_choice(calibration.finder.first(name), total) for name in names],
         measure_with=None if generate is None else measured,
         error_of=None if generate is None else error,
+        trajectory_of=None if generate is None else values,
     )
 
 

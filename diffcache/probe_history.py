@@ -1,4 +1,4 @@
-"""What rules look at that make their weights from values: probes of this step and of the computed ones."""
+"""What forecasts look at beside history: probes of this step and of the computed ones, and bases of subspaces."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from diffcache import predictors
-from diffcache.cells import COMPUTE, Cell, Given, Online
+from diffcache.cells import COMPUTE, Cell, Forecast, Given, Online
 from diffcache.forecasting import times
 from diffcache.memory import in_full
-from diffcache.programs import History
+from diffcache.programs import BASIS, History
 from diffcache.schedule import Schedule
 
 
@@ -47,6 +47,20 @@ class ProbeHistory:
             wanted = {at for row in waiting for at in made[row][: self.schedule.rows[row].keeps]}
             self.kept[name] = {at: value for at, value in self.kept[name].items() if at in wanted}
         self._now = {}
+
+    def basis(self, row: int, cell: Forecast, history: History) -> None:
+        """Add to history what the view of a forecast projects on, unless this generation has found it already.
+
+        It is found from the newest value that the forecast reads, for each sample.
+        """
+        measure = None if cell.view is None else predictors.MEASURES.get(cell.view.projection)
+        if cell.view is None or measure is None:
+            return
+        parts = [part for number, part, known in history if (number, known) == (row, cell.steps[0])]
+        for part in parts:
+            if (row, part, BASIS) not in history:
+                value = in_full(history[row, part, cell.steps[0]])
+                history[row, part, BASIS] = measure(value.to(self._device or value.device), **cell.view.options)
 
     def given(self, row: int, cell: Online, made: Sequence[int], step: int, history: History) -> Given:
         """The forecast of a row from the values of its newest computed steps ``made``, and from the probe now.

@@ -22,7 +22,7 @@ from diffcache import gram
 from diffcache.call_pattern import CallPattern, LoggedCall, find_pattern, log_call
 from diffcache.cost import Cost
 from diffcache.finding import SiteFinder
-from diffcache.memory import MemoryPlan, entry_bytes, plan_memory
+from diffcache.memory import MemoryPlan, entry_bytes, plan_memory, probe_entry
 from diffcache.options import RunOptions
 from diffcache.profile_record import Profile, SiteProfile
 from diffcache.programs import Programs
@@ -68,6 +68,9 @@ class Calibration:
         """What history of a schedule costs at the calibrated shapes."""
         sites = [self.sites.get(row.site) or self.finder.first(row.site) for row in schedule.rows]
         sizes = entry_bytes(self.graph, sites, options.small)
+        looks = [self.finder.first(name) for row in schedule.rows for name in row.probes]
+        first = [replace(probe, values=probe.values[:1]) for probe in looks]
+        sizes |= {probe_entry(name): size for name, size in entry_bytes(self.graph, first).items()}
         return plan_memory(schedule, sizes, streams=self.pattern.streams, offload=options.offload_history)
 
 

@@ -26,6 +26,7 @@ from diffcache.tracing.variant import Variant
 
 Carried = dict[str, Any]  # what one segment hands to later ones, by name in the capture
 History = dict[tuple[int, int, int], Kept]  # (row, value, step) -> what was kept
+BASIS = -1  # in the place of a step: what a projection was found to be in this generation
 
 
 class Program:
@@ -87,7 +88,7 @@ class Program:
         if isinstance(cell, Given):
             tensors, table = cell.made[value]
             return tensors[age[0]] if age else table
-        kept = history[row, value, cell.steps[age[0]]]  # type: ignore[union-attr]
+        kept = history[row, value, cell.steps[age[0]] if age else BASIS]  # type: ignore[union-attr]
         return kept[kind == "scale"] if isinstance(kept, tuple) else kept
 
     def _run_cold(self, *inputs: Any) -> Any:
@@ -140,13 +141,14 @@ class Programs:
         cells = blank(schedule.column(step) if column is None else column, rows)
         structure = schedule.structure(step, cells)
         writes = structure.writes & {schedule.rows[row].site for row in rows}
-        found = self._programs.get((segment, structure.kinds, structure.reads, writes))
+        key = (segment, structure.kinds, structure.reads, writes, structure.views)
+        found = self._programs.get(key)
         if found is None:
             live = [row for row, site in enumerate(schedule.rows) if site.site in writes]
             part = f"segment{segment}-" if self.cuts else ""
             title = f"{self.title}-{part}column{len(self._programs):02d}"
             found = self._specialise(cells, live, title, self.cuts, segment)
-            self._programs[segment, structure.kinds, structure.reads, writes] = found
+            self._programs[key] = found
         return found
 
     def _rows(self) -> list[list[int]]:
@@ -187,6 +189,10 @@ class Programs:
         self.reports += reports
         names = [node.meta.get("captured_as", node.name) for node in module.graph.nodes if node.op != "placeholder"]
         return Program(module, self.options.backend, title, sum(self._flops.get(name, 0.0) for name in names))
+
+    def made(self) -> list[Program]:
+        """The programs of columns that were needed so far."""
+        return [program for _, program in self._scheduled()]
 
     def _scheduled(self) -> list[tuple[Any, Program]]:
         return [(key, program) for key, program in self._programs.items() if isinstance(key, tuple)]

@@ -18,11 +18,11 @@ from diffcache.call_pattern import CallPattern, host_value
 from diffcache.deciding import looked_at
 from diffcache.fingerprint import graph_fingerprint
 from diffcache.memory import Kept, in_full, in_words, to_host
-from diffcache.ops import difference_form
 from diffcache.options import RunOptions
+from diffcache.predictors import weight_table
 from diffcache.programs import Carried, History, Program, Programs
 from diffcache.report import CompileReport
-from diffcache.schedule import Cell, Forecasting, Schedule
+from diffcache.schedule import Cell, Forecast, Forecasting, Schedule
 from diffcache.sites import Site
 from diffcache.streams import Stream, calling, close, input_at
 from diffcache.tracing import tree
@@ -330,14 +330,17 @@ class CachedDenoiser(nn.Module):
 
     def _step_weights(self, program: Program, column: Sequence[Cell], leaves: list[Any]) -> dict[int, torch.Tensor]:
         device = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)), torch.device("cpu"))
-        return {row: self._on_device(column[row].weights, device) for row in program.weights}  # type: ignore[union-attr]
+        return {row: self._on_device(column[row], device) for row in program.weights}
 
-    def _on_device(self, weights: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    def _on_device(self, cell: Cell, device: torch.device) -> torch.Tensor:
         """Weights in difference form; each is copied to the device once."""
-        found = self._weights.get((weights, device))
+        assert isinstance(cell, Forecast)
+        key = (cell.weights, cell.view, device)
+        found = self._weights.get(key)
         if found is None:
-            host = torch.tensor(difference_form(weights), dtype=torch.float32, pin_memory=device.type == "cuda")
-            found = self._weights[weights, device] = host.to(device, non_blocking=True)
+            host = weight_table(cell.weights, cell.view)
+            host = host.pin_memory() if device.type == "cuda" else host
+            found = self._weights[key] = host.to(device, non_blocking=True)
         return found
 
     def _advance(

@@ -93,13 +93,15 @@ class Structure:
     """What decides which program a step needs: two steps with equal structure share one.
 
     ``kinds`` is the step's column of the printed grid, one character a row; ``reads`` the history tensors each row
-    reads; ``writes`` the sites whose value is kept. Weights are inputs of a program, so they do not count, except that
-    plain reuse (``r``) is told apart from a forecast (``f``): it needs no operation.
+    reads; ``writes`` the sites whose value is kept; ``views`` the part of each row that is forecast otherwise. Weights
+    are inputs of a program, so they do not count, except that plain reuse (``r``) is told apart from a forecast
+    (``f``): it needs no operation.
     """
 
     kinds: str
     reads: tuple[int, ...]
     writes: frozenset[str]
+    views: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,8 @@ class Schedule:
         """What the program of this step depends on; ``column`` is what was decided at run time."""
         cells = self.column(step) if column is None else tuple(column)
         reads = tuple(cell.reads if isinstance(cell, Forecasting) else 0 for cell in cells)
-        return Structure("".join(map(character, cells)), reads, self.writes(step, cells))
+        views = tuple(str(cell.view) if isinstance(cell, Forecast) and cell.view else "" for cell in cells)
+        return Structure("".join(map(character, cells)), reads, self.writes(step, cells), views if any(views) else ())
 
     def distinct_columns(self) -> dict[Structure, tuple[int, ...]]:
         """Structure -> the steps that share it, in the order of first appearance: one program is needed for each."""

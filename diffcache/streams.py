@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from diffcache.deciding import Deciding
-from diffcache.programs import History, Programs
+from diffcache.programs import BASIS, History, Programs
 from diffcache.schedule import Schedule
 from diffcache.tracing import tree
 from diffcache.tracing.session import Bound
@@ -36,7 +36,7 @@ class Stream:
         self.history |= written
         live = self.schedule.live_after(step)
         wanted = [
-            {*live.get(row.site, ()), *(made[: row.keeps] if row.last_online > step else ())}
+            {BASIS, *live.get(row.site, ()), *(made[: row.keeps] if row.last_online > step else ())}
             for row, made in zip(self.schedule.rows, self.deciding.made, strict=True)
         ]
         self.history = {key: kept for key, kept in self.history.items() if key[2] in wanted[key[0]]}

@@ -13,21 +13,29 @@ After (forecast from two history values)::
 Needs nothing from earlier passes; what became dead stays until ``eliminate_dead_code``. New inputs are listed in
 ``meta["history"]`` as (row, value, age) and ``meta["weights"]`` as rows; the program returns ``(result, writes)``, with
 ``meta["writes"]`` naming each written value as (row, value). Weights made from values (a cell ``Given``) are those of
-one value of a site: ``weights_0_0`` for row 0's first.
+one value of a site: ``weights_0_0`` for row 0's first. A part of a value that is forecast by weights of its own (a
+``View``) is what a projection keeps of a second weighted sum::
+
+    %3 = extrapolate(%0, [history_0_0_0, history_0_0_1], weights_0[0], None, float32)
+    %4 = extrapolate(None, [history_0_0_0, history_0_0_1], weights_0[1], None, float32)
+    %5 = (%3 + low_band(%4, cutoff=0.1)).to(bfloat16)
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
+from diffcache.cells import View
 from diffcache.graphs import find_output, returned_storages
 from diffcache.liveness import live_nodes
 from diffcache.memory import can_be_small
 from diffcache.ops import extrapolate, quantize
+from diffcache.predictors import MEASURES, PROJECTIONS
 from diffcache.schedule import COMPUTE, Cell, Forecast, Forecasting
 from diffcache.sites import Site
 from diffcache.tracing.spec import TensorSpec
@@ -145,9 +153,34 @@ def _forecast(gm: fx.GraphModule, last: fx.Node, place: _Place, returned: bool, 
             weights.meta = {"path": ""}
             if not given:
                 gm.meta["weights"].append(row)
-        with graph.inserting_after(value):
-            stored = () if small_of is None else (None, small_of)
-            forecast = graph.call_function(extrapolate, (anchor, history, weights, *stored))
+        if isinstance(cell, Forecast) and cell.view is not None and cell.view.projection != "channels":
+            last, forecast = _through(graph, last, place, cell.view, history, weights)
+        else:
+            with graph.inserting_after(value):
+                stored = () if small_of is None else (None, small_of)
+                forecast = graph.call_function(extrapolate, (anchor, history, weights, *stored))
         forecast.meta = {"val": value.meta.get("val"), "path": value.meta.get("path", ""), "forecast": True}
     value.replace_all_uses_with(forecast, delete_user_cb=lambda user: user is not forecast)
     return last
+
+
+def _through(
+    graph: fx.Graph, last: fx.Node, place: _Place, view: View, history: list[fx.Node], weights: fx.Node
+) -> tuple[fx.Node, fx.Node]:
+    """The forecast of a value with a part of its own; returns the last placeholder and the forecast."""
+    spec = place.value.meta.get("val")
+    assert isinstance(spec, TensorSpec)
+    wide = torch.float64 if spec.dtype == torch.float64 else torch.float32
+    given: dict[str, Any] = dict(view.options)
+    if view.projection in MEASURES:
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"basis_{place.row}_{place.part}")
+        last.meta = {"path": ""}
+        given = {"basis": last}
+    with graph.inserting_before(place.value.next):
+        outside, more = (graph.call_function(operator.getitem, (weights, number)) for number in range(2))
+        base = graph.call_function(extrapolate, (place.anchor, history, outside, None, wide))
+        added = graph.call_function(extrapolate, (None, history, more, None, wide))
+        part = graph.call_function(PROJECTIONS[view.projection], (added,), given)
+        whole = graph.call_function(torch.add, (base, part))
+        return last, whole if spec.dtype == wide else graph.call_method("to", (whole, spec.dtype))

@@ -167,7 +167,7 @@ def test_a_sampler_that_writes_into_its_latent() -> None:
         return x
 
     found = shared_calibration()
-    spec = diffcache.schedule.GateSpec("accumulated_change", {"budget": 0.3})
+    spec = diffcache.schedule.GateSpec("accumulated_change", {"threshold": 0.3})
     gated = found.cached(schedule_of(found, {"stack0": "Cggggggg"}, spec))
     for denoiser in (by_rule(BY_NAME["decomposed"]), by_rule(BY_NAME["relation"]), gated):
         assert torch.equal(run(denoiser, True), run(denoiser, False))
@@ -205,10 +205,12 @@ def test_the_plan_counts_probes() -> None:
     assert plan.entries == {site: 4, f"probe {FIRST}": 4}
     assert plan.entry_bytes == {site: one_value, f"probe {FIRST}": one_value, "probe latent": 9 * 4 * 4}
     assert plan.device_bytes == 8 * one_value
+    assert shared_calibration().memory(denoiser.schedule, denoiser.options).device_bytes == plan.device_bytes
     by_latent = by_rule(BY_NAME["decomposed"])
     sample(by_latent, request)
     (programs,) = by_latent._programs.values()
     assert programs.memory(by_latent.schedule, by_latent.pattern).device_bytes == 6 * 9 * 4 * 4
+    assert shared_calibration().memory(by_latent.schedule, by_latent.options).device_bytes == 6 * 9 * 4 * 4
 
 
 @gate("every third")
@@ -278,16 +280,12 @@ def test_each_value_of_a_site_has_weights_of_its_own() -> None:
         first, second = sample(denoiser, Request(seed=3)), sample(denoiser, Request(seed=3))
     assert torch.equal(first, second)
     (programs,) = denoiser._programs.values()
-    inputs = {tuple(name for name in program.order if name.startswith("weights")) for _, program in _made(programs)}
+    inputs = {tuple(name for name in program.order if name.startswith("weights")) for program in programs.made()}
     assert inputs == {(), ("weights_0_0", "weights_0_1")}
     # on a straight line of two values "curvature" is plain extrapolation: the same as with shared weights
     straight = found.cached(schedule_of(found, {site.name: "CCggCCgg"}, online=Online("curvature", 2)))
     shared = found.cached(schedule_of(found, {site.name: "CCggCCgg"}, online=Online("newton", 2, {"order": 1})))
     torch.testing.assert_close(sample(straight, Request(seed=3)), sample(shared, Request(seed=3)))
-
-
-def _made(programs: Any) -> Any:
-    return programs._scheduled()
 
 
 def test_a_recipe_with_a_probe() -> None:

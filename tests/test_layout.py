@@ -57,7 +57,7 @@ LAYERS = [
     {"streams"},
     {"runtime"},
     {"profiling"},
-    {"integrations"},
+    {"integrations", "trajectories"},
     {"saving", "targets"},
     {"measuring"},
     {"planning"},

@@ -13,18 +13,28 @@ from diffcache.predictors.fitted import FITTED, fitted_weights
 from diffcache.predictors.from_values import FROM_VALUES, ValueRule, weights_from_values
 from diffcache.predictors.mean_velocity import mean_velocity_weights
 from diffcache.predictors.registry import FREE, PREDICTORS, Predictor, predictor, weights
-from diffcache.predictors.views import PROJECTIONS, channel_table, forecast_through, projection
+from diffcache.predictors.views import (
+    MEASURES,
+    PROJECTIONS,
+    channel_table,
+    channel_view,
+    forecast_through,
+    projection,
+    weight_table,
+)
 
 __all__ = [
     "FITTED",
     "FREE",
     "FROM_VALUES",
+    "MEASURES",
     "PREDICTORS",
     "PROJECTIONS",
     "Predictor",
     "ValueRule",
     "by_token",
     "channel_table",
+    "channel_view",
     "fitted_weights",
     "fixed",
     "forecast_through",
@@ -32,6 +42,7 @@ __all__ = [
     "modal",
     "predictor",
     "projection",
+    "weight_table",
     "weights",
     "weights_from_values",
 ]

@@ -10,7 +10,7 @@ Clusters of channels need no projection: their weights are a table ``[K, channel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,20 +18,29 @@ import torch
 from torch import Tensor
 
 from diffcache import ops
+from diffcache.cells import View
 from diffcache.predictors.from_values import constant
+from diffcache.predictors.registry import weights as fixed_weights
 
 Projection = Callable[..., Tensor]
 
 PROJECTIONS: dict[str, Projection] = {}
+MEASURES: dict[str, Callable[..., Tensor]] = {}
 
 
-def projection(name: str) -> Callable[[Projection], Projection]:
-    """Register a linear projection ``(value, **options) -> value`` under ``name``; ValueError when it is taken."""
+def projection(name: str, measure: Callable[..., Tensor] | None = None) -> Callable[[Projection], Projection]:
+    """Register a linear projection ``(value, **options) -> value`` under ``name``; ValueError when it is taken.
+
+    With ``measure(value, **options) -> basis`` the projection is found anew in every generation: it is called as
+    ``(value, basis=basis)`` with what was measured of the first value that is forecast from.
+    """
 
     def register(rule: Projection) -> Projection:
         if name in PROJECTIONS:
             raise ValueError(f"projection '{name}' is registered already ({PROJECTIONS[name]}); choose another name")
         PROJECTIONS[name] = rule
+        if measure is not None:
+            MEASURES[name] = measure
         return rule
 
     return register
@@ -55,8 +64,7 @@ def forecast_through(
             f"got {len(inside)} weights inside and {len(outside)} outside for {len(history)} history tensors; "
             "give at least one of each and no more than there is history"
         )
-    base = _filled(ops.difference_form(outside), count)
-    more = [a - b for a, b in zip(_filled(ops.difference_form(inside), count), base, strict=True)]
+    base, more = _base_and_more(outside, inside)
     device, values = history[0].device, list(history[:count])
     dtype = torch.float64 if history[0].dtype == torch.float64 else torch.float32
     added = project(ops.extrapolate(None, values, constant(more, dtype, device), None, dtype))
@@ -72,8 +80,27 @@ def channel_table(rules: Sequence[Sequence[float]], labels: Sequence[int]) -> Te
     if not rules or not len(labels) or not all(0 <= label < len(rules) for label in labels):
         raise ValueError(f"labels must name one of the {len(rules)} clusters for each channel, got {list(labels)[:8]}")
     count = max(map(len, rules))
-    forms = torch.tensor([_filled(ops.difference_form(rule), count) for rule in rules])
+    forms = torch.tensor([_filled(ops.difference_form(rule), count) for rule in rules], dtype=torch.float32)
     return forms[torch.as_tensor(labels, dtype=torch.long)].T.contiguous()
+
+
+def _base_and_more(outside: Sequence[float], inside: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Difference forms of the weights outside, and of what is added to them inside."""
+    count = max(len(inside), len(outside))
+    base = _filled(ops.difference_form(outside), count)
+    return base, [a - b for a, b in zip(_filled(ops.difference_form(inside), count), base, strict=True)]
+
+
+def weight_table(weights: Sequence[float], view: View | None) -> Tensor:
+    """The weights of a forecast as its program takes them, float32, in difference form.
+
+    ``[K]``; of channels ``[K, channels]``; of a projection ``[2, K]``: the weights outside, and what is added inside.
+    """
+    if view is None:
+        return torch.tensor(ops.difference_form(weights), dtype=torch.float32)
+    if view.projection == "channels":
+        return channel_table([weights, *view.inside], view.options["labels"])
+    return torch.tensor(_base_and_more(weights, view.inside[0]), dtype=torch.float32)
 
 
 @projection("low_band")
@@ -98,11 +125,35 @@ def low_band(value: Tensor, *, cutoff: float = 0.1, transform: str = "dct", dim:
     return result.movedim(-1, dim).to(value.dtype)
 
 
-@projection("subspace")
+def leading_basis(values: Tensor, *, rank: int = 16, rounds: int = 2) -> Tensor:
+    """About the ``rank`` leading directions of each sample of ``values`` ``[batch, ..., channels]``, without a host.
+
+    SVD-Cache's coarse variant: a randomised principal component analysis (Halko et al. 2011, ``rounds`` of subspace
+    iteration) of the first residual, float32 ``[batch, channels, rank]``, orthonormal columns. The start is the same
+    every time, and no sample sees another.
+    """
+    if rank < 1 or rounds < 0:
+        raise ValueError(f"leading_basis needs rank >= 1 and rounds >= 0, got {rank} and {rounds}")
+    rows = values.reshape(len(values), -1, values.shape[-1]).to(torch.float32)
+    rank = min(rank, *rows.shape[1:])
+    start = torch.randn(rows.shape[-1], rank, generator=torch.Generator().manual_seed(0)).to(rows.device)
+    basis = torch.linalg.qr(rows.mT @ (rows @ start)).Q
+    for _ in range(rounds):
+        basis = torch.linalg.qr(rows.mT @ (rows @ basis)).Q
+    return basis
+
+
+@projection("subspace", measure=leading_basis)
 def subspace(value: Tensor, *, basis: Tensor) -> Tensor:
-    """The part of every token in the span of ``basis`` ``[channels, rank]``, orthonormal columns (SVD-Cache 2026)."""
+    """The part of every token in the span of ``basis``, orthonormal columns (SVD-Cache 2026).
+
+    ``basis`` is ``[channels, rank]``, or ``[batch, channels, rank]`` with one for each sample.
+    """
     basis = basis.to(value.dtype)
-    return (value @ basis) @ basis.T
+    if basis.ndim == 2:
+        return (value @ basis) @ basis.T
+    tokens = value.reshape(len(value), -1, value.shape[-1])
+    return ((tokens @ basis) @ basis.mT).reshape(value.shape)
 
 
 def principal_basis(values: Tensor, *, energy: float = 0.85, max_rank: int | None = None) -> Tensor:
@@ -169,13 +220,39 @@ def best_rules(
 
     ``trajectory`` is ``[steps, ..., channels]``, ``history`` its computed steps, newest first.
     """
+    by_channel = channel_errors(trajectory, history, target, rules)
+    return [int(by_channel[:, labels == cluster].sum(1).argmin()) for cluster in range(int(labels.max()) + 1)]
+
+
+def channel_errors(trajectory: Tensor, history: Sequence[int], target: int, rules: Sequence[Sequence[float]]) -> Tensor:
+    """Mean squared error ``[rules, channels]`` of each rule's forecast of ``target``."""
     values = trajectory.reshape(len(trajectory), -1, trajectory.shape[-1]).to(torch.float64)
     errors = []
     for rule in rules:
         forecast = sum(weight * values[made] for weight, made in zip(rule, history, strict=False))
         errors.append((values[target] - forecast).square().mean(0))
-    by_channel = torch.stack(errors)
-    return [int(by_channel[:, labels == cluster].sum(1).argmin()) for cluster in range(int(labels.max()) + 1)]
+    return torch.stack(errors)
+
+
+def channel_view(
+    trajectory: Tensor, rules: Sequence[Mapping[str, Any]], *, clusters: int = 8, history: int = 3
+) -> View:
+    """HyCa: every cluster of channels goes by the rule that forecasts it best, found once for a model.
+
+    ``trajectory`` is ``[steps, ..., channels]`` of an uncached run; ``rules`` are candidates
+    ``{"predictor": name, "options": {...}}`` for the next step from the ``history`` before it. The first rule is the
+    one that the cell itself is to have; channels that go by it have label 0.
+    """
+    labels = k_means(describe_channels(trajectory), clusters)
+    steps = len(trajectory)
+    errors = torch.zeros(len(rules), trajectory.shape[-1], dtype=torch.float64)
+    for target in range(history, steps):
+        made = list(range(target - 1, target - 1 - history, -1))
+        found = [fixed_weights(rule["predictor"], made, target, **rule.get("options", {})) for rule in rules]
+        errors += channel_errors(trajectory, made, target, found)
+    best = [int(errors[:, labels == cluster].sum(1).argmin()) for cluster in range(clusters)]
+    chosen = {"labels": [best[label] for label in labels.tolist()]}
+    return View.of({"projection": "channels", "options": chosen, "inside": list(rules[1:])})
 
 
 def _filled(form: Sequence[float], count: int) -> list[float]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffcache import predictors
-from diffcache.cells import COMPUTE, Cell, Forecast, GateSpec, Online
+from diffcache.cells import COMPUTE, Cell, Forecast, GateSpec, Online, View
 from diffcache.forecasting import forecast, used
 from diffcache.profile_record import Profile
 from diffcache.schedule import Row, Schedule, SiteChoice
@@ -41,6 +41,7 @@ class Plan:
     find: Callable[[Sequence[str]], Sequence[SiteChoice]] | None = None
     measure_with: Callable[..., Mapping[str, Array]] | None = None
     error_of: Callable[[Schedule], float] | None = None
+    trajectory_of: Callable[[str], NDArray[np.float32]] | None = None
 
     def site(self, name: str) -> SiteChoice:
         """The site of a name. Raises ValueError where there is none."""
@@ -56,6 +57,12 @@ class Plan:
         if self.measure_with is None:
             raise ValueError(f"this recipe measures '{how}' of {list(names)} in calibration; use diffcache.compile")
         return self.measure_with(tuple(names), how, gaps, raw)
+
+    def trajectory(self, name: str) -> NDArray[np.float32]:
+        """What history keeps of some tokens of a site over an uncached generation, ``[steps, tokens, channels]``."""
+        if self.trajectory_of is None:
+            raise ValueError(f"this recipe looks at the values of '{name}' in calibration; use diffcache.compile")
+        return self.trajectory_of(name)
 
     def error(self, schedule: Schedule) -> float:
         if self.error_of is None:
@@ -73,7 +80,9 @@ class Predict:
 
     ``history`` is the most computed values it reads, by default what its ``order`` needs; ``timed`` hands it the
     sampler's times; ``fitted`` says that it is fitted to the site's Gram matrix. ``probe`` is what a rule from values
-    looks at: "latent", the name of a probe or site, or a function from the site to such a name.
+    looks at: "latent", the name of a probe or site, or a function from the site to such a name. ``view`` gives parts of
+    a value rules of their own, ``{"projection": "low_band", "options": {"cutoff": 0.1}, "inside": {"predictor":
+    "reuse"}}``, or is a function that finds such a ``View`` for a site.
     """
 
     name: str = "reuse"
@@ -82,27 +91,41 @@ class Predict:
     timed: bool = False
     fitted: bool = False
     probe: str | Callable[[SiteChoice], str] = ""
+    view: View | Mapping[str, Any] | Callable[[Plan, SiteChoice], View] | None = field(default=None, hash=False)
 
-    def online(self, site: SiteChoice | None = None) -> Online:
+    def at(self, plan: Plan, site: SiteChoice) -> Predict:
+        """The same with what depends on the site found for this one."""
+        probe = self.probe(site) if callable(self.probe) else self.probe
+        view = self.view(plan, site) if callable(self.view) else self.view
+        if view is not None and self.fitted:
+            raise ValueError(f"predictor '{self.name}' is fitted to whole values; a view needs rules by name")
+        return replace(self, probe=probe, view=View.of(view) if isinstance(view, Mapping) else view)
+
+    def online(self) -> Online:
         """The cell of a step at which it is known at run time only what is forecast, or from which weights."""
-        entry = predictors.FROM_VALUES.get(self.name)
-        order = int(self.options.get("order", 0 if self.name == "reuse" else 2))
-        most = self.history or (order + 1 if entry is None else entry.newest)
-        if callable(self.probe):
-            assert site is not None, "the probe depends on the site"
-            return Online(self.name, most, self.options, self.timed, self.probe(site))
-        return Online(self.name, most, self.options, self.timed, self.probe)
+        assert isinstance(self.probe, str)
+        assert self.view is None or isinstance(self.view, View)
+        rules = () if self.view is None else self.view.inside
+        most = [_reads(self.name, self.options), *(_reads(rule["predictor"], rule["options"]) for rule in rules)]
+        return Online(self.name, self.history or max(most), self.options, self.timed, self.probe, self.view)
 
     def cell(self, plan: Plan, site: SiteChoice, made: Sequence[int], step: int) -> Cell:
         """The cell of a step that is not computed, when it is known which were."""
         if not self.fitted:
-            online = self.online(site)
+            online = self.online()
             return online if self.name in predictors.FROM_VALUES else forecast(online, made, step, plan.clock)
         if plan.profile is None:
             raise ValueError(f"predictor '{self.name}' is fitted in calibration; use diffcache.compile")
         history = list(made[: self.history or 3])
         found = predictors.fitted_weights(self.name, plan.profile.site(site.name).gram, history, step, **self.options)
         return used(history, found)
+
+
+def _reads(name: str, options: Mapping[str, Any]) -> int:
+    """How many computed values a rule reads at most, unless it is told."""
+    if name in predictors.FROM_VALUES:
+        return predictors.FROM_VALUES[name].newest
+    return int(options.get("order", 0 if name == "reuse" else 2)) + 1
 
 
 Pick = Callable[[Plan], Sequence[SiteChoice]]
@@ -137,6 +160,7 @@ class Part:
                 f"{title} computes steps {computed} of {plan.steps}; expected step 0 and steps up to {plan.steps - 1}"
             )
         gate = self.gate(plan, site) if callable(self.gate) else self.gate
+        predictor = self.predictor.at(plan, site)
         made: list[int] = []
         cells: list[Cell] = []
         for step in range(plan.steps):
@@ -144,9 +168,9 @@ class Part:
                 made.insert(0, step)
                 cells.append(COMPUTE)
             elif gate is not None:
-                cells.append(self.predictor.online(site))
+                cells.append(predictor.online())
             else:
-                cells.append(self.predictor.cell(plan, site, made, step))
+                cells.append(predictor.cell(plan, site, made, step))
         return Row(site.name, site.residual, tuple(cells), gate)
 
 
