@@ -28,7 +28,8 @@ _IN_ORDER = frozenset(  # the same elements in the same order under another shap
     "reshape view flatten unflatten squeeze unsqueeze ravel _unsafe_view view_as reshape_as Flatten Unflatten".split()
 )
 _PRODUCTS = frozenset("matmul bmm baddbmm __matmul__".split())
-_FEATURES = frozenset("linear Linear".split())  # make a last axis of their own
+# Which axis these make of their own: what runs along it are features, whatever ran along it before.
+_FEATURES = {"linear": -1, **{f"conv{places}d": -1 - places for places in (1, 2, 3)}}
 
 
 def latent_axes(flow: Flow) -> dict[fx.Node, Axes]:
@@ -128,8 +129,8 @@ def _elementwise(
             made.append(_axis(names_in([axes[i] for axes in operands]), size))
     if name in CATS:
         _join(flow, node, made, operands, shape)
-    if name in _FEATURES:
-        made[-1] = _axis(frozenset(), shape[-1])
+    if (made_new := _FEATURES.get(name.lower().replace("_transpose", "").replace("transpose", ""))) is not None:
+        made[made_new] = _axis(frozenset(), shape[made_new])
     if name in _PRODUCTS:
         right = known.get(node.all_input_nodes[-1])
         fits = right is not None and _size(right[-1]) == shape[-1]

@@ -110,7 +110,7 @@ def skips(flow: Flow, blocks: Sequence[Block]) -> list[Skip]:
 
 
 def _comes_around(flow: Flow, other: fx.Node, deep: fx.Node) -> bool:
-    """Whether a value was there before the deeper one, but for light work (a filter on the skip), and much in between.
+    """Whether a value was there before the deeper one, but for light work on it (a filter), and much lies between.
 
     A second stream, or another piece of one tensor, comes around nothing.
     """
