@@ -154,12 +154,10 @@ def host(device: str) -> None:
     times["relative change"] = wall([lambda: relative_change(history[0], history[1])], device, 500)
     if device == "cuda":
         factor, shift, gate_ = torch.randn(3, 1, 1, WIDTH, device=device).to(torch.bfloat16)
-        modulated_ = (
-            lambda: extrapolate_modulate(  # noqa: E731
-                history[2], history[:2], weights[:2], factor, shift, 1e-6, gate_, None, False
-            )
-        )
-        times["modulated norm"] = wall([modulated_], device, 500)
+        anchor, *two = history
+        modulation = (factor, shift, 1e-6, gate_, None, False)
+        call = [lambda: extrapolate_modulate(anchor, two, weights[:2], *modulation)]
+        times["modulated norm"] = wall(call, device, 500)
         times["kernel by Triton's launcher"] = wall(dense([[*history, history[0]]], weights, 2048, 4), device, 500)
     note("host", **{name: 1e6 * time for name, time in times.items()})
     print("  ".join(f"{name} {1e6 * time:.1f} us" for name, time in times.items()), flush=True)
