@@ -59,12 +59,14 @@ def apply_schedule(
     gm.meta.update(history=[], weights=[], writes=[])
     _drop_blind_guards(graph, places)
     written = []
-    for place in places:
+    stands: dict[fx.Node | None, fx.Node] = {}  # what stands in for a value: the anchor of a row behind it, too
+    for found in places:
+        place = found._replace(anchor=stands.get(found.anchor, found.anchor))
         if place.cell is COMPUTE:
             written.append(_kept(graph, place.value, place.anchor, returned, small))
             gm.meta["writes"].append((place.row, place.part))
         elif isinstance(place.cell, Forecasting):
-            last = _forecast(gm, last, place, place.value.meta.get("storage") in returned, small)
+            last, stands[place.value] = _forecast(gm, last, place, place.value.meta.get("storage") in returned, small)
     end.args = ((end.args[0], tuple(written)),)
     return gm
 
@@ -125,8 +127,10 @@ def _kept(
     return kept
 
 
-def _forecast(gm: fx.GraphModule, last: fx.Node, place: _Place, returned: bool, small: torch.dtype | None) -> fx.Node:
-    """Put the forecast in the place of the value; returns the last placeholder."""
+def _forecast(
+    gm: fx.GraphModule, last: fx.Node, place: _Place, returned: bool, small: torch.dtype | None
+) -> tuple[fx.Node, fx.Node]:
+    """Put the forecast in the place of the value; returns the last placeholder and the forecast."""
     row, index, cell, value, anchor = place
     assert isinstance(cell, Forecasting)
     given = not isinstance(cell, Forecast)  # its tensors come in full
@@ -161,7 +165,7 @@ def _forecast(gm: fx.GraphModule, last: fx.Node, place: _Place, returned: bool, 
                 forecast = graph.call_function(extrapolate, (anchor, history, weights, *stored))
         forecast.meta = {"val": value.meta.get("val"), "path": value.meta.get("path", ""), "forecast": True}
     value.replace_all_uses_with(forecast, delete_user_cb=lambda user: user is not forecast)
-    return last
+    return last, forecast
 
 
 def _through(

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from diffcache import predictors
 from diffcache.cells import COMPUTE, Cell, Forecast, GateSpec, Online, View
 from diffcache.forecasting import forecast, used
+from diffcache.gates import make_gate
 from diffcache.profile_record import Profile
 from diffcache.schedule import Row, Schedule, SiteChoice
 
@@ -64,6 +65,18 @@ class Plan:
             raise ValueError(f"this recipe looks at the values of '{name}' in calibration; use diffcache.compile")
         return self.trajectory_of(name)
 
+    def probe(self, name: str) -> str:
+        """The name of a probe, or of what stands for it here; raises ValueError where the denoiser has no such probe.
+
+        Without blocks in a row the first block of all stands for the first blocks.
+        """
+        if self.find is None or name in ("", "latent"):
+            return name
+        rowless = not any(site.blocks for site in self.sites)
+        found = "first_block" if rowless and name.startswith("blocks[:") else name
+        self.find([found])
+        return found
+
     def error(self, schedule: Schedule) -> float:
         if self.error_of is None:
             raise ValueError("this recipe tries schedules out in calibration; use diffcache.compile")
@@ -95,7 +108,7 @@ class Predict:
 
     def at(self, plan: Plan, site: SiteChoice) -> Predict:
         """The same with what depends on the site found for this one."""
-        probe = self.probe(site) if callable(self.probe) else self.probe
+        probe = plan.probe(self.probe(site) if callable(self.probe) else self.probe)
         view = self.view(plan, site) if callable(self.view) else self.view
         if view is not None and self.fitted:
             raise ValueError(f"predictor '{self.name}' is fitted to whole values; a view needs rules by name")
@@ -159,7 +172,7 @@ class Part:
             raise ValueError(
                 f"{title} computes steps {computed} of {plan.steps}; expected step 0 and steps up to {plan.steps - 1}"
             )
-        gate = self.gate(plan, site) if callable(self.gate) else self.gate
+        gate = _looking(plan, self.gate(plan, site) if callable(self.gate) else self.gate)
         predictor = self.predictor.at(plan, site)
         made: list[int] = []
         cells: list[Cell] = []
@@ -172,6 +185,15 @@ class Part:
             else:
                 cells.append(predictor.cell(plan, site, made, step))
         return Row(site.name, site.residual, tuple(cells), gate)
+
+
+def _looking(plan: Plan, gate: GateSpec | None) -> GateSpec | None:
+    """The gate with its probe as this denoiser has it."""
+    if gate is None:
+        return None
+    wanted = make_gate(gate.name, **gate.options).probe
+    found = plan.probe(wanted)
+    return gate if found == wanted else GateSpec(gate.name, {**gate.options, "probe": found})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import numpy as np
 
 from diffcache import planners, when
 from diffcache.recipes.base import Part, Plan, Predict, Recipe, When, method
-from diffcache.recipes.picks import between, every_one, if_any, modules, one, requested
+from diffcache.recipes.picks import between, blocks_of, every_one, if_any, modules, one, requested
 from diffcache.schedule import SiteChoice
 
 
@@ -66,7 +66,7 @@ def delta_dit(interval: int = 2, boundary: float = 0.5, share: float = 0.5) -> R
 
     def span(rear: bool) -> Part:
         def pick(plan: Plan) -> Sequence[SiteChoice]:
-            blocks = max((site.blocks for site in plan.sites), default=0)
+            blocks = blocks_of(plan)
             count = max(1, min(round(share * blocks), blocks - 1))
             return between(blocks - count, blocks)(plan) if rear else between(0, count)(plan)
 
@@ -125,9 +125,9 @@ def blockdance(interval: int = 2, start: float = 0.4, end: float = 0.95, share: 
     """Keep the stream behind the shallow ``share`` of the blocks and run only the deeper ones."""
 
     def pick(plan: Plan) -> Sequence[SiteChoice]:
-        blocks = max((site.blocks for site in plan.sites), default=0)
+        blocks = blocks_of(plan)
         block = max(0, min(round(share * blocks), blocks - 1) - 1)
-        return requested(f"prefix[{block}]", "stack")(plan)
+        return requested(f"prefix[{block}]")(plan)
 
     return Recipe(parts=(Part(sites=pick, when=at("in_share", interval=interval, start=start, end=end)),))
 
@@ -164,9 +164,8 @@ def profiling_dit(share: float = 0.5) -> Recipe:
     """
 
     def pick(plan: Plan) -> Sequence[SiteChoice]:
+        blocks_of(plan)
         blocks = [site for site in every_one("block")(plan) if site.depth >= 0 and site.residual]
-        if not blocks:
-            return one("stack")(plan)
         changes = plan.measure([site.name for site in blocks], "l1")
         order = sorted(blocks, key=lambda site: float(np.nanmean(changes[site.name])))
         calm = sorted(site.depth for site in order[: max(1, round(share * len(order)))])
