@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from diffcache.cost import Cost
-from diffcache.liveness import live_nodes, sources
+from diffcache.liveness import is_root, live_nodes, sources
 from diffcache.tracing.recorder import ModuleCall
 from diffcache.tracing.spec import TensorSpec
 
@@ -28,18 +28,23 @@ _SHAPED_LIKE = frozenset("zeros_like ones_like empty_like rand_like randn_like n
 _CAST_LIKE = frozenset("type_as to expand_as view_as reshape_as".split())
 
 # Joins of two branches: concatenation, and the additions among the above.
-JOINS = frozenset(("cat", "concat", "concatenate", "add", "__add__", "__radd__", "__iadd__", "add_", "addcmul"))
+CATS = frozenset(("cat", "concat", "concatenate"))
+JOINS = CATS | frozenset(("add", "__add__", "__radd__", "__iadd__", "add_", "addcmul"))
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A cut before it is measured and named for good. ``anchors[i]`` goes with ``values[i]``."""
+    """A cut before it is measured and named for good. ``anchors[i]`` goes with ``values[i]``.
+
+    ``call`` is the module call whose work it stands for, -1 for none in particular.
+    """
 
     role: str
     name: str
     values: tuple[fx.Node, ...]
     anchors: tuple[fx.Node | None, ...]
     path: str
+    call: int = -1
 
 
 def target_name(node: fx.Node, module: fx.GraphModule) -> str:
@@ -74,7 +79,7 @@ class Flow:
         self.call_flops = self._call_flops()
         self.output_tensors = self._output_tensors()
         self.latent = self._latent()
-        self.from_latent = self._reached_from(self.latent)
+        self.from_latent = self.reached_from(self.latent)
 
     def _sum(self, nodes: Iterable[fx.Node]) -> float:
         return sum(self.flops.get(node.name, 0.0) for node in nodes)
@@ -116,7 +121,38 @@ class Flow:
 
     def saved(self, values: Collection[fx.Node], anchors: Iterable[fx.Node | None]) -> float:
         """FLOPs that are no longer run when the values are given and the anchors wanted."""
-        return self.total - self._sum(live_nodes(self.graph, values, [a for a in anchors if a is not None]))
+        kept = [anchor for anchor in anchors if anchor is not None]
+        if self._guarded:
+            return self.total - self._sum(live_nodes(self.graph, values, kept))
+        return self._sum(self._dead(values, kept))
+
+    def _dead(self, values: Collection[fx.Node], kept: Collection[fx.Node]) -> list[fx.Node]:
+        """What ``live_nodes`` leaves out, found from the values down: nodes that only dead nodes need."""
+        needs, readers = self._needs
+        left: dict[fx.Node, int] = {}
+        dead = [node for node in dict.fromkeys(values) if node in self.live and not is_root(node)]
+        gone = set(dead)
+        for node in dead:  # grows while it is walked
+            for source in needs[node]:
+                left[source] = left.get(source, readers[source]) - 1
+                if not left[source] and source not in gone and source not in kept and not is_root(source):
+                    gone.add(source)
+                    dead.append(source)
+        return dead
+
+    @functools.cached_property
+    def _guarded(self) -> bool:
+        return any(node.meta.get("guard") for node in self.graph.nodes)
+
+    @functools.cached_property
+    def _needs(self) -> tuple[dict[fx.Node, set[fx.Node]], dict[fx.Node, int]]:
+        """For each live node what must run before it, and how many live nodes need it."""
+        needs = {node: set(sources(node)) & self.live for node in self.order}
+        readers = dict.fromkeys(self.order, 0)
+        for needed in needs.values():
+            for source in needed:
+                readers[source] += 1
+        return needs, readers
 
     # -- module calls ------------------------------------------------------------------------------------------
 
@@ -197,7 +233,7 @@ class Flow:
                 best, best_score = node, score
         return best
 
-    def _reached_from(self, start: fx.Node | None) -> set[fx.Node]:
+    def reached_from(self, start: fx.Node | None) -> set[fx.Node]:
         """Nodes that depend on ``start``; without one, all nodes that depend on any input."""
         if start is None:
             return {node for node in self.order if node.meta.get("tainted")}
@@ -259,7 +295,7 @@ class Flow:
                 continue
             meet = ends[0]
             for end in ends[1:]:
-                meet = _meet(meet, end, above, depth)
+                meet = lowest_above(meet, end, above, depth)
             above[node] = meet
             depth[node] = depth[meet] + 1
         return above
@@ -290,9 +326,9 @@ def _data_sources(node: fx.Node) -> list[fx.Node]:
     return [source for source in dict.fromkeys(sources(node)) if source not in hidden]
 
 
-def _meet(a: fx.Node | None, b: fx.Node | None, above: dict[fx.Node, fx.Node | None],
-          depth: dict[fx.Node | None, int]) -> fx.Node | None:  # fmt: skip
-    """The lowest node above both (``depth`` counts from the end)."""
+def lowest_above(a: fx.Node | None, b: fx.Node | None, above: dict[fx.Node, fx.Node | None],
+                 depth: dict[fx.Node | None, int]) -> fx.Node | None:  # fmt: skip
+    """The lowest node above both in a tree; ``depth`` counts from its root."""
     while a is not b:
         if a is not None and depth[a] >= depth[b]:
             a = above[a]
