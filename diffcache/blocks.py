@@ -7,27 +7,22 @@ others like it, whose outputs have the shapes of inputs of its own.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import fx
+from torch import fx, nn
 
-from diffcache.flow import Candidate, Flow, target_name
+from diffcache.attention_kinds import attends
+from diffcache.axes import Axes, same_order
+from diffcache.flow import Candidate, Flow
 from diffcache.tracing.spec import TensorSpec
 
-_GROUP_SHARE = 0.02  # of the denoiser's FLOPs: smaller groups of like modules are embedders and norms
+_GROUP_SHARE = 0.02  # of the denoiser's FLOPs: like modules with less together are embedders and norms
 _STACK_SHARE = 1 / 3  # of the FLOPs that depend on the latent: blocks with less are no trunk
 _STACK_SAVES = 0.5  # of the blocks' FLOPs: a cut that saves less does not cut the stack
 _CHILD_SHARE = 0.08  # of the block's FLOPs
 _CHILD_SAVES = 1.1  # of the block's FLOPs: a child that saves more is a cut through what lies before the block
-_MAX_VALUES = 3
-
-_ATTENTION_OPS = frozenset(
-    "scaled_dot_product_attention softmax flex_attention multi_head_attention_forward _native_multi_head_attention "
-    "memory_efficient_attention flash_attn_func MultiheadAttention Softmax TransformerEncoderLayer TransformerEncoder "
-    "TransformerDecoderLayer".split()
-)
-_PRODUCTS = frozenset(("matmul", "bmm", "baddbmm", "einsum", "__matmul__"))
+MAX_VALUES = 3
 
 
 @dataclass(frozen=True)
@@ -90,10 +85,18 @@ def _repeated(flow: Flow, siblings: list[int], outer: bool) -> set[int]:
         shapes = Counter(spec for i in group for spec in _carried(flow, i))
         common, count = shapes.most_common(1)[0]
         alike = [i for i in group if common in _carried(flow, i)]
-        alone = how == "list" and not outer and len(flow.calls[group[0]].outputs) == 1 and _attends(flow, group[0])
-        if (count >= 2 or alone) and sum(flow.call_flops[i] for i in alike) >= _GROUP_SHARE * flow.total:
+        alone = how == "list" and not outer and len(flow.calls[group[0]].outputs) == 1 and attends(flow, group[0])
+        if (count >= 2 or alone) and _kin_flops(flow, alike, common) >= _GROUP_SHARE * flow.total:
             members.update(alike)
     return members
+
+
+def _kin_flops(flow: Flow, group: Sequence[int], common: TensorSpec) -> float:
+    """FLOPs of a group and of its kin under other parents: a U-Net has few blocks a level, but many levels."""
+    kinds = {flow.calls[i].kind for i in group if not flow.calls[i].leaf}
+    kinds = {kind for kind in kinds if not hasattr(nn, kind)}  # containers of PyTorch say nothing of what they hold
+    kin = {i for i, call in enumerate(flow.calls) if call.kind in kinds and common in _carried(flow, i)}
+    return sum(flow.call_flops[i] for i in kin.union(group))
 
 
 def _carried(flow: Flow, call: int) -> set[TensorSpec]:
@@ -117,39 +120,40 @@ def trunk(flow: Flow, blocks: Sequence[Block]) -> list[Block]:
     return run if flops >= _STACK_SHARE * sum(flow.flops.get(node.name, 0.0) for node in flow.from_latent) else []
 
 
-def stack_candidates(flow: Flow, run: Sequence[Block]) -> Iterator[Candidate]:
+def stack_candidates(flow: Flow, run: Sequence[Block], axes: Mapping[fx.Node, Axes]) -> Iterator[Candidate]:
     """The whole run as one site, on the residual after its first block, its input, or its second block."""
     if not run:
         return
     name, path = f"{run[0].name}..{run[-1].name}", flow.calls[run[0].call].path
-    boundaries = {"stack": run[0].outputs, "stack0": run[0].inputs}
+    boundaries = {"stack": (1, run[0].outputs), "stack0": (0, run[0].inputs)}
     if len(run) > 3:
-        boundaries["stack2"] = run[1].outputs
+        boundaries["stack2"] = (2, run[1].outputs)
     blocks_flops = sum(flow.call_flops[block.call] for block in run)
-    for role, boundary in boundaries.items():
-        values, anchors = _stack_cut(flow, run, boundary)
+    for role, (first, boundary) in boundaries.items():
+        values, anchors = stack_cut(flow, run, boundary, axes)
         if role == "stack" and (not values or flow.saved(values, anchors) < _STACK_SAVES * blocks_flops):
             return  # no cut behind the run: its blocks' values leave it in other ways, too
         if role == "stack" or None not in anchors:
-            yield Candidate(role, f"{role}:{name}", values, anchors, path)
+            yield Candidate(role, f"{role}:{name}", values, anchors, path, run[first].call)
 
 
-def _stack_cut(flow: Flow, run: Sequence[Block], boundary: Sequence[fx.Node]
-               ) -> tuple[tuple[fx.Node, ...], tuple[fx.Node | None, ...]]:  # fmt: skip
+def stack_cut(
+    flow: Flow, run: Sequence[Block], boundary: Sequence[fx.Node], axes: Mapping[fx.Node, Axes]
+) -> tuple[tuple[fx.Node, ...], tuple[fx.Node | None, ...]]:
     """The value behind all blocks that continues a boundary value; several values where no single one is behind all."""
     behind = flow.common_post_dominators([node for block in run for node in block.outputs])
     cuts = [node for node in behind if flow.eligible(node)]
     for value in cuts:
-        anchor = _anchor(flow, value, boundary)
+        anchor = _anchor(flow, value, boundary, axes)
         if anchor is not None:
             return (value,), (anchor,)
     if cuts:
         return (cuts[0],), (None,)
-    last = tuple(node for node in run[-1].outputs if flow.eligible(node))[:_MAX_VALUES]
-    return last, _paired(flow, last, boundary)
+    last = tuple(node for node in run[-1].outputs if flow.eligible(node))[:MAX_VALUES]
+    return last, paired(flow, last, boundary, axes)
 
 
-def _anchor(flow: Flow, value: fx.Node, boundary: Sequence[fx.Node]) -> fx.Node | None:
+def _anchor(flow: Flow, value: fx.Node, boundary: Sequence[fx.Node], axes: Mapping[fx.Node, Axes]) -> fx.Node | None:
     """The boundary value of the same shape; among several, the one whose stream the latent started."""
     fitting = [
         node
@@ -158,6 +162,7 @@ def _anchor(flow: Flow, value: fx.Node, boundary: Sequence[fx.Node]) -> fx.Node 
         and flow.readable(node)
         and flow.alike(node, value)
         and flow.index[node] < flow.index[value]
+        and same_order(axes.get(node), axes.get(value))
     ]
     stream = flow.stream(value) if len(fitting) > 1 else set()
     return max(
@@ -165,8 +170,10 @@ def _anchor(flow: Flow, value: fx.Node, boundary: Sequence[fx.Node]) -> fx.Node 
     )
 
 
-def _paired(flow: Flow, values: Sequence[fx.Node], boundary: Sequence[fx.Node]) -> tuple[fx.Node | None, ...]:
-    """One boundary value of the same shape for each value, none twice; streams first, then the order given."""
+def paired(
+    flow: Flow, values: Sequence[fx.Node], boundary: Sequence[fx.Node], axes: Mapping[fx.Node, Axes]
+) -> tuple[fx.Node | None, ...]:
+    """One boundary value of the same shape and order of tokens for each value, none twice; streams first."""
     pairs: dict[fx.Node, fx.Node] = {}
     for by_stream in (True, False):
         for value in values:
@@ -174,7 +181,8 @@ def _paired(flow: Flow, values: Sequence[fx.Node], boundary: Sequence[fx.Node]) 
             for node in boundary:
                 fits = flow.readable(node) and flow.alike(node, value) and flow.index[node] < flow.index[value]
                 taken = value in pairs or node in pairs.values() or node in values
-                if fits and not taken and (stream is None or node in stream):
+                ordered = fits and not taken and same_order(axes.get(node), axes.get(value))
+                if ordered and (stream is None or node in stream):
                     pairs[value] = node
     return tuple(pairs.get(value) for value in values)
 
@@ -182,12 +190,13 @@ def _paired(flow: Flow, values: Sequence[fx.Node], boundary: Sequence[fx.Node]) 
 # -- single blocks and their children ------------------------------------------------------------------------------
 
 
-def block_candidates(flow: Flow, blocks: Sequence[Block]) -> Iterator[Candidate]:
+def block_candidates(flow: Flow, blocks: Sequence[Block], axes: Mapping[fx.Node, Axes]) -> Iterator[Candidate]:
     """Each block on the residual over its inputs."""
     for block in blocks:
-        if 0 < len(block.outputs) <= _MAX_VALUES and _cacheable(flow, block.outputs):
-            anchors = _paired(flow, block.outputs, _varying(flow, block.inputs))
-            yield Candidate("block", f"block:{block.name}", block.outputs, anchors, flow.calls[block.call].path)
+        if 0 < len(block.outputs) <= MAX_VALUES and _cacheable(flow, block.outputs):
+            anchors = paired(flow, block.outputs, varying(flow, block.inputs), axes)
+            path = flow.calls[block.call].path
+            yield Candidate("block", f"block:{block.name}", block.outputs, anchors, path, block.call)
 
 
 def _cacheable(flow: Flow, values: Sequence[fx.Node]) -> bool:
@@ -195,12 +204,15 @@ def _cacheable(flow: Flow, values: Sequence[fx.Node]) -> bool:
     return all(map(flow.eligible, values)) and any(node in flow.from_latent for node in values)
 
 
-def _varying(flow: Flow, nodes: Sequence[fx.Node]) -> list[fx.Node]:
+def varying(flow: Flow, nodes: Sequence[fx.Node]) -> list[fx.Node]:
     return [node for node in nodes if node.meta.get("tainted")]
 
 
-def child_candidates(flow: Flow, blocks: Sequence[Block]) -> Iterator[Candidate]:
-    """Attention and feed-forward children of the innermost blocks: what they hand out, as it is."""
+def child_candidates(flow: Flow, blocks: Sequence[Block], share: float = _CHILD_SHARE) -> Iterator[Candidate]:
+    """Attention and feed-forward children of the innermost blocks: what they hand out, as it is.
+
+    A feed-forward child must do this share of the block's work; what attends counts at any.
+    """
     names = call_names(flow)
     children: dict[int, list[int]] = {}
     for i, call in enumerate(flow.calls):
@@ -209,23 +221,24 @@ def child_candidates(flow: Flow, blocks: Sequence[Block]) -> Iterator[Candidate]
         if any(flow.inside_call(other.call, block.call) for other in blocks):
             continue
         for i in children.get(block.call, ()):
-            found = _child(flow, block, i, names[i])
+            found = _child(flow, block, i, names[i], share)
             if found is not None and flow.saved(found.values, ()) <= _CHILD_SAVES * flow.call_flops[block.call]:
                 yield found
 
 
-def _child(flow: Flow, block: Block, call: int, name: str) -> Candidate | None:
+def _child(flow: Flow, block: Block, call: int, name: str, share: float) -> Candidate | None:
     """One child as a site, if it does a good part of the block's work and hands out one or two tensors."""
     outputs = tuple(flow.call_outputs(call))
-    if flow.call_flops[call] < _CHILD_SHARE * flow.call_flops[block.call] or not 0 < len(outputs) <= 2:
+    is_attention = attends(flow, call)
+    small = not is_attention and flow.call_flops[call] < share * flow.call_flops[block.call]
+    if small or not 0 < len(outputs) <= 2:
         return None
-    attends = _attends(flow, call)
     if not _cacheable(flow, outputs) or (
-        flow.calls[call].leaf and not attends and not _closes(flow, call, outputs, block)
+        flow.calls[call].leaf and not is_attention and not _closes(flow, call, outputs, block)
     ):
         return None
-    role, short = ("attention", "attn") if attends else ("feedforward", "ff")
-    return Candidate(role, f"{short}:{name}", outputs, (None,) * len(outputs), flow.calls[call].path)
+    role, short = ("attention", "attn") if is_attention else ("feedforward", "ff")
+    return Candidate(role, f"{short}:{name}", outputs, (None,) * len(outputs), flow.calls[call].path, call)
 
 
 def _closes(flow: Flow, call: int, outputs: Sequence[fx.Node], block: Block) -> bool:
@@ -233,14 +246,3 @@ def _closes(flow: Flow, call: int, outputs: Sequence[fx.Node], block: Block) -> 
     weight = getattr(flow.module.get_submodule(flow.calls[call].path), "weight", None)
     linear = weight is not None and weight.dim() == 2
     return linear and all(any(flow.alike(node, out) for out in block.outputs) for node in outputs)
-
-
-def _attends(flow: Flow, call: int) -> bool:
-    """Whether tokens meet in this call: an attention operator, or a product of two computed tensors."""
-    for node in flow.region(call):
-        name = target_name(node, flow.module)
-        if name in _ATTENTION_OPS:
-            return True
-        if name in _PRODUCTS and sum(bool(n.meta.get("tainted")) for n in node.all_input_nodes) > 1:
-            return True
-    return False

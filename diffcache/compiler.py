@@ -26,6 +26,7 @@ from diffcache.report import CompileReport, relative_error
 from diffcache.runtime import CachedDenoiser
 from diffcache.saving import attach
 from diffcache.schedule import Schedule, SiteChoice
+from diffcache.sites import Site
 from diffcache.targets import Sample, Target, find_targets
 from diffcache.tracing.captured import Captured
 from diffcache.tracing.errors import CaptureError
@@ -218,7 +219,13 @@ def _watched(verbose: bool | None) -> bool:
 def site_choices(calibration: Calibration) -> list[SiteChoice]:
     """What recipes choose from: every site of the capture."""
     total = calibration.profile.total_flops
-    return [SiteChoice(s.name, s.residual, s.flops_saved / total, s.role) for s in calibration.sites.values()]
+    return [site_choice(site, total) for site in calibration.sites.values()]
+
+
+def site_choice(site: Site, total: float) -> SiteChoice:
+    """What recipes need to know of a site; ``total`` is the FLOPs of one call."""
+    return SiteChoice(site.name, site.residual, site.flops_saved / total, site.role,
+                      site.depth, site.blocks, site.kind, site.level, site.side)  # fmt: skip
 
 
 def _candidates(calibration: Calibration, effort: _Effort, options: RunOptions) -> list[Schedule]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import networkx
@@ -14,13 +15,14 @@ from networkx.algorithms.flow import boykov_kolmogorov
 from torch import fx
 
 from diffcache.blocks import Block
-from diffcache.flow import JOINS, Candidate, Flow, target_name
+from diffcache.flow import CATS, JOINS, Candidate, Flow, target_name
 
 _DEEP_SHARE = 0.1  # of the denoiser's FLOPs: branches with less are no deep features
 _UNIT_SHARE = 0.01  # of the denoiser's FLOPs: what a module must hold to count among those a branch spans
 _CUT_POINTS = (0.5, 0.75, 0.9)
 _CUT_WINDOW = 0.15  # of the FLOPs, behind a cut point: where the minimum cut may lie
 _HEAVY_SHARE = 0.002  # of the FLOPs: lighter nodes may stay live on either side of a minimum cut
+_WEIGHTED = frozenset("linear conv1d conv2d conv3d matmul __matmul__ bmm einsum scaled_dot_product_attention".split())
 _SAME_WEIGHT = 0.95  # of a value's FLOPs: a value before it with so much can stand for it
 _MAX_CUT = 3
 
@@ -60,10 +62,13 @@ def deep_candidates(flow: Flow, blocks: Sequence[Block]) -> list[Candidate]:
     In post-dominator terms: a value that feeds a join only, off the latent's own chain, with the weight of several
     modules above it. The one that saves most, which keeps only the shallowest level live, has the role "deepest".
     """
-    below = _fed_only(flow)
+    below = {node: nodes for node, (_, nodes) in _fed_only(flow, blocks, _DEEP_SHARE).items()}
     weight = {node: sum(flow.flops.get(n.name, 0.0) for n in nodes) for node, nodes in below.items()}
     found = [
-        node for node in below if _spans_modules(flow, blocks, below[node]) and not _within_block(flow, blocks, node)
+        node
+        for node in below
+        if _spans_modules(flow, blocks, below[node])
+        and not _within_block(flow, blocks, node, flow.post_dominators[node])
     ]
     names = _makers(flow)
     seen: Counter[str] = Counter()
@@ -78,8 +83,55 @@ def deep_candidates(flow: Flow, blocks: Sequence[Block]) -> list[Candidate]:
     return candidates
 
 
-def _fed_only(flow: Flow) -> dict[fx.Node, list[fx.Node]]:
-    """Heavy operands of joins off the latent's chain, each with the nodes that feed nothing but it."""
+@dataclass(frozen=True)
+class Skip:
+    """One skip connection: the value where it ends, the deeper operand there, and the operands that come around it."""
+
+    join: fx.Node
+    deep: fx.Node
+    around: tuple[fx.Node, ...]
+
+
+def skips(flow: Flow, blocks: Sequence[Block]) -> list[Skip]:
+    """All skip connections, the shallowest first: it begins first and ends last. None where joins lie within blocks.
+
+    The index is DeepCache's branch: at branch ``b`` all that lies deeper than the ``b``-th value kept for the way up is
+    skipped. Concatenations count; only a denoiser without any has its skips among heavy additions.
+    """
+    found = {}
+    for share in (0.0, _DEEP_SHARE):
+        for node, (join, below) in _fed_only(flow, blocks, share, CATS if not share else JOINS).items():
+            if _works_apart(flow, blocks, below, join):
+                around = tuple(n for n in flow.inputs[join] if _comes_around(flow, n, node))
+                if around:
+                    found[join] = Skip(join, node, around)
+        if found:
+            break
+    return sorted(found.values(), key=lambda skip: -flow.index[skip.join])
+
+
+def _comes_around(flow: Flow, other: fx.Node, deep: fx.Node) -> bool:
+    """Whether a value was there before the deeper one, but for work without weights on it (a filter).
+
+    A second stream, or another piece of one tensor, comes around nothing.
+    """
+    before, beyond = {other, *flow.ancestors(other)}, {deep, *flow.ancestors(deep)}
+    if other not in flow.from_latent or deep in before or any(_weighs(flow, node) for node in before - beyond):
+        return False
+    return any(_weighs(flow, node) for node in beyond - before)
+
+
+def _weighs(flow: Flow, node: fx.Node) -> bool:
+    """Whether a node multiplies with weights."""
+    if node.op == "call_module":
+        return any(parameter.dim() > 1 for parameter in flow.module.get_submodule(str(node.target)).parameters())
+    return target_name(node, flow.module) in _WEIGHTED
+
+
+def _fed_only(
+    flow: Flow, blocks: Sequence[Block], share: float, joins: frozenset[str] = JOINS
+) -> dict[fx.Node, tuple[fx.Node, list[fx.Node]]]:
+    """Operands of joins off the latent's chain with a share of the FLOPs -> (join, the nodes that feed only them)."""
     above = flow.post_dominators
     children: dict[fx.Node, list[fx.Node]] = {}
     weight = {node: flow.flops.get(node.name, 0.0) for node in above}
@@ -91,11 +143,14 @@ def _fed_only(flow: Flow) -> dict[fx.Node, list[fx.Node]]:
     chain = set(flow.latent_chain())
     found = {}
     for node, join in above.items():
-        heavy = weight[node] >= _DEEP_SHARE * flow.total and node in flow.from_latent and node not in chain
-        if heavy and join is not None and _is_bypassed(flow, node, join, children):
+        if join is None or node in chain or node not in flow.from_latent or weight[node] < share * flow.total:
+            continue
+        if target_name(join, flow.module) not in joins or _within_block(flow, blocks, node, join):
+            continue
+        if _is_bypassed(flow, node, join, children):
             value = _cacheable(flow, node, children, weight)
             if value is not None:
-                found[value] = _subtree(value, children)
+                found[value] = (join, _subtree(value, children))
     return found
 
 
@@ -115,7 +170,7 @@ def _cacheable(
 def _is_bypassed(flow: Flow, node: fx.Node, join: fx.Node, children: dict[fx.Node, list[fx.Node]]) -> bool:
     """Whether the join's other operand comes from a computed value that ``node`` depends on: a skip around it."""
     operands = flow.inputs[join]
-    if target_name(join, flow.module) not in JOINS or node not in operands:
+    if node not in operands:
         return False
     before = flow.ancestors(node)
     for other in operands:
@@ -135,8 +190,8 @@ def _subtree(node: fx.Node, children: dict[fx.Node, list[fx.Node]]) -> list[fx.N
     return nodes
 
 
-def _spans_modules(flow: Flow, blocks: Sequence[Block], nodes: Sequence[fx.Node]) -> bool:
-    """Whether these nodes' work lies in more than one block: a branch within one block is no deep feature."""
+def _work(flow: Flow, blocks: Sequence[Block], nodes: Sequence[fx.Node]) -> Counter[int]:
+    """FLOPs of these nodes by the outermost block, or else the innermost module, that they lie in."""
     outer = [block.call for block in blocks if block.outer]
     work: Counter[int] = Counter()
     for node in nodes:
@@ -144,12 +199,21 @@ def _spans_modules(flow: Flow, blocks: Sequence[Block], nodes: Sequence[fx.Node]
         if flops:
             unit = next((call for call in outer if flow.inside(node, call)), None)
             work[flow.module_call(node) if unit is None else unit] += flops  # type: ignore[assignment]
-    return sum(flops >= _UNIT_SHARE * flow.total for flops in work.values()) > 1
+    return work
 
 
-def _within_block(flow: Flow, blocks: Sequence[Block], node: fx.Node) -> bool:
+def _spans_modules(flow: Flow, blocks: Sequence[Block], nodes: Sequence[fx.Node]) -> bool:
+    """Whether these nodes' work lies in more than one block: a branch within one block is no deep feature."""
+    return sum(flops >= _UNIT_SHARE * flow.total for flops in _work(flow, blocks, nodes).values()) > 1
+
+
+def _works_apart(flow: Flow, blocks: Sequence[Block], nodes: Sequence[fx.Node], join: fx.Node) -> bool:
+    """Whether some of these nodes' work lies in a block or module that does not hold the join itself."""
+    return any(call >= 0 and not flow.inside(join, call) for call in _work(flow, blocks, nodes))
+
+
+def _within_block(flow: Flow, blocks: Sequence[Block], node: fx.Node, join: fx.Node | None) -> bool:
     """Whether a value and the join it feeds lie in one block, as an attention branch and its residual addition do."""
-    join: fx.Node | None = flow.post_dominators[node]
     return any(flow.inside(node, b.call) and join is not None and flow.inside(join, b.call) for b in blocks if b.outer)
 
 

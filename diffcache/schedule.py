@@ -102,13 +102,19 @@ class SiteChoice:
     """What a recipe needs to know about a site: the share of one call's FLOPs it saves, and its role in the denoiser.
 
     ``role`` is "stack" (the residual of the repeated blocks), "output" (the result of the denoiser), "deepest" (the
-    cheapest cut by bytes, such as the deep features of a U-Net), or empty.
+    cheapest cut by bytes, such as the deep features of a U-Net), or empty. ``depth``, ``blocks``, ``kind``, ``level``
+    and ``side`` are those of ``sites.Site``: which block of how many, what an attention looks at, and the place in a U.
     """
 
     name: str
     residual: bool
     flops_fraction_saved: float
     role: str = ""
+    depth: int = -1
+    blocks: int = 0
+    kind: str = ""
+    level: int = -1
+    side: str = ""
 
 
 @dataclass(frozen=True, slots=True)

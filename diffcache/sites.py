@@ -4,24 +4,33 @@ Enters: a captured graph, its module calls and its cost. Leaves: a list of ``Sit
 
 A site's values, once given, make all that only they needed dead. Where a live value of the same shape lies below, it is
 the anchor: then ``value - anchor`` is cached, and ``anchor + forecast`` used, whose anchor is always current.
+
+Some sites are made on request only, since there are many: runs of blocks and what ``ranges`` describes beside them.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
-from diffcache.blocks import block_candidates, child_candidates, repeated_blocks, stack_candidates, trunk
+from diffcache.anatomy import Anatomy
+from diffcache.attention_kinds import attention_kind
+from diffcache.blocks import block_candidates, child_candidates, stack_candidates
 from diffcache.cost import Cost
 from diffcache.cuts import deep_candidates, minimum_cuts, output_candidates
-from diffcache.flow import Candidate, Flow
+from diffcache.flow import Candidate
+from diffcache.ranges import is_requested, requested
+from diffcache.residual_blocks import residual_candidates
 from diffcache.tracing.recorder import ModuleCall
 
 # Where two finds are the same cut, the one listed first here gives it its name.
-ROLES = ("output", "stack", "deepest", "stack0", "stack2", "deep", "block", "attention", "feedforward", "cut")
+ROLES = (
+    "output", "stack", "deepest", "stack0", "stack2", "deep", "block", "attention", "feedforward", "cut",
+    "range", "prefix", "encoder", "probe",
+)  # fmt: skip
 
 _MIN_SAVED = 1e-4  # of the denoiser's FLOPs
 _ENOUGH = 0.5  # of the denoiser's FLOPs: where an inner site saves this much, minimum cuts are not searched
@@ -40,6 +49,13 @@ class Site:
         path: path of the module whose work the site saves; empty for the denoiser itself.
         flops_saved: FLOPs of one call that are not run when the values are given and the anchors wanted.
         bytes_kept: bytes of one entry of history.
+        depth: index in the trunk (the main run of blocks) of the block that the site is, lies in or begins with; of a
+            deep feature the index of its skip, 0 the shallowest (DeepCache's branch); -1 where neither applies.
+        blocks: how many blocks the trunk has; 0 without one.
+        kind: of an attention, what it looks at: "self", "cross", "joint", "spatial", "temporal" or "mixed"
+            (see ``attention_kinds``); else empty.
+        level: resolution level of the values, 0 the finest that blocks work at; -1 where all work at one.
+        side: in a denoiser with skips "down", "mid" or "up", else empty.
     """
 
     name: str
@@ -49,6 +65,11 @@ class Site:
     path: str
     flops_saved: float
     bytes_kept: int
+    depth: int = -1
+    blocks: int = 0
+    kind: str = ""
+    level: int = -1
+    side: str = ""
 
     @property
     def residual(self) -> bool:
@@ -56,48 +77,87 @@ class Site:
         return all(anchor is not None for anchor in self.anchors)
 
 
-def find_sites(graph_module: fx.GraphModule, trace_calls: Sequence[ModuleCall], cost: Cost) -> list[Site]:
-    """All sites of a captured graph, the one that saves most FLOPs first.
+def find_sites(
+    graph_module: fx.GraphModule, trace_calls: Sequence[ModuleCall], cost: Cost, wanted: Iterable[str] = ()
+) -> list[Site]:
+    """All sites of a captured graph and those wanted by name, the one that saves most FLOPs first.
 
     Args:
         graph_module: a graph from ``capture``, with its ``meta``.
         trace_calls: its module calls, ``variant.trace.calls``.
         cost: its cost, from ``measure_cost``.
+        wanted: names of sites that must be among them: ``blocks[8:-2]`` and the other forms of ``ranges``.
 
     Raises:
-        ValueError: the cost is of another graph.
+        ValueError: the cost is of another graph, or this denoiser has no site of a wanted name.
     """
-    missing = [node.name for node in graph_module.graph.nodes if node.name not in cost.flops]
-    if missing:
-        raise ValueError(f"the cost knows nothing of nodes {missing[:3]}; measure the cost of this graph")
-    flow = Flow(graph_module, trace_calls, cost)
-    blocks = repeated_blocks(flow)
+    anatomy = Anatomy(graph_module, trace_calls, cost)
+    sites = all_sites(anatomy)
+    known = {site.name for site in sites}
+    sites += [named_site(anatomy, name, sites) for name in dict.fromkeys(wanted) if name not in known]
+    return sorted(sites, key=lambda site: -site.flops_saved)
+
+
+def all_sites(anatomy: Anatomy) -> list[Site]:
+    """The sites that need no name to be found, the one that saves most FLOPs first."""
+    flow, blocks = anatomy.flow, anatomy.blocks
     sites = _measured(
-        flow,
+        anatomy,
         [
             *output_candidates(flow),
-            *stack_candidates(flow, trunk(flow, blocks)),
+            *stack_candidates(flow, anatomy.trunk, anatomy.axes),
             *deep_candidates(flow, blocks),
-            *block_candidates(flow, blocks),
+            *block_candidates(flow, blocks, anatomy.axes),
+            *residual_candidates(anatomy),
             *child_candidates(flow, blocks),
         ],
     )
     if not any(site.flops_saved >= _ENOUGH * flow.total and site.role != "output" for site in sites):
-        sites += _measured(flow, list(minimum_cuts(flow)))
+        sites += _measured(anatomy, list(minimum_cuts(flow)))
     return sorted(_named(_distinct(sites)), key=lambda site: -site.flops_saved)
 
 
-def _measured(flow: Flow, candidates: Iterable[Candidate]) -> list[Site]:
-    sites = []
-    for found in candidates:
-        flops = flow.saved(found.values, found.anchors)
-        if flops < _MIN_SAVED * flow.total:
-            continue
-        size = sum(spec.bytes for node in found.values if (spec := flow.spec(node)) is not None)
-        anchors = tuple(anchor.name if anchor is not None else None for anchor in found.anchors)
-        values = tuple(node.name for node in found.values)
-        sites.append(Site(found.name, found.role, values, anchors, found.path, flops, size))
-    return sites
+def named_site(anatomy: Anatomy, name: str, sites: Sequence[Site] = ()) -> Site:
+    """The site of a name: one of ``sites``, or made on request. Raises ValueError where the denoiser has none."""
+    for site in sites:
+        if site.name == name:
+            return site
+    if name.startswith("ff:"):  # at another size it may do a smaller share of the work
+        found = (c for c in child_candidates(anatomy.flow, anatomy.blocks, 0.0) if c.name == name)
+        for candidate in found:
+            return measured(anatomy, candidate)
+    if not is_requested(name):
+        raise ValueError(
+            f"no site is named '{name}'; there are {', '.join(site.name for site in sites) or 'none'}, and on request "
+            "blocks[first:last], prefix[block], deep[branch] and encoder"
+        )
+    return measured(anatomy, requested(anatomy, name))
+
+
+def measured(anatomy: Anatomy, found: Candidate) -> Site:
+    """A candidate with what it saves and keeps, and where it lies."""
+    flow = anatomy.flow
+    specs = [spec for node in found.values if (spec := flow.spec(node)) is not None]
+    inner, skip = found.role in ("attention", "feedforward"), found.role in ("deep", "deepest")
+    return Site(
+        name=found.name,
+        role=found.role,
+        values=tuple(node.name for node in found.values),
+        anchors=tuple(anchor.name if anchor is not None else None for anchor in found.anchors),
+        path=found.path,
+        flops_saved=flow.saved(found.values, found.anchors),
+        bytes_kept=sum(spec.bytes for spec in specs),
+        depth=anatomy.branch(found.values[0]) if skip else anatomy.depth(found.call),
+        blocks=len(anatomy.trunk),
+        kind=attention_kind(flow, anatomy.axes, found.call) if found.role == "attention" else "",
+        level=anatomy.level(found.values[-1]) if skip or inner or found.role == "block" else -1,
+        side=anatomy.side(found.values[-1]) if inner or found.role == "block" else "",
+    )
+
+
+def _measured(anatomy: Anatomy, candidates: Iterable[Candidate]) -> list[Site]:
+    least = _MIN_SAVED * anatomy.flow.total
+    return [site for found in candidates if (site := measured(anatomy, found)).flops_saved >= least]
 
 
 def _distinct(sites: Sequence[Site]) -> list[Site]:
@@ -115,12 +175,8 @@ def _named(sites: Sequence[Site]) -> list[Site]:
     for site in sites:
         seen[site.name] += 1
         count = seen[site.name]
-        named.append(site if count == 1 else _renamed(site, f"{site.name}~{count}"))
+        named.append(site if count == 1 else replace(site, name=f"{site.name}~{count}"))
     return named
-
-
-def _renamed(site: Site, name: str) -> Site:
-    return Site(name, site.role, site.values, site.anchors, site.path, site.flops_saved, site.bytes_kept)
 
 
 def describe(sites: Sequence[Site], graph_module: fx.GraphModule | None = None, cost: Cost | None = None) -> str:

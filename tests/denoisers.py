@@ -108,7 +108,7 @@ def _plain_inputs(r: Draw) -> Arguments:
     return (r.latent(r.b, 4, 8, 8), r.t_long(), r.labels(10)), {}
 
 
-def _diffusers(name: str, config: dict[str, Any]) -> Callable[[], nn.Module]:
+def library_model(name: str, config: dict[str, Any]) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         import diffusers
 
@@ -310,7 +310,7 @@ def _table() -> dict[str, Entry]:
     entries = [Entry(name, kind, build, _plain_inputs, scales=(1,)) for name, kind, build in plain]
     for name, kind, target, config, inputs in library:
         scales = (1,) if name == "class_dit" else (1, 2)
-        entries.append(Entry(name, kind, _diffusers(target, config), inputs, scales, "diffusers"))
+        entries.append(Entry(name, kind, library_model(target, config), inputs, scales, "diffusers"))
     return {entry.name: entry for entry in entries}
 
 

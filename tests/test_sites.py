@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from dataclasses import dataclass
@@ -11,11 +12,16 @@ import pytest
 import torch
 from torch import fx
 
+from diffcache.anatomy import Anatomy
 from diffcache.cost import Cost, measure_cost
 from diffcache.liveness import live_nodes
-from diffcache.sites import ROLES, Site, describe, find_sites
+from diffcache.sites import ROLES, Site, all_sites, describe, find_sites, named_site
 from diffcache.tracing.captured import capture
 from tests.denoisers import CAPTURABLE, FAMILIES
+from tests.token_denoisers import TOKENS
+
+# Sites that are made when they are asked for by name; a denoiser may have some of these only.
+REQUESTS = ("blocks[0:1]", "blocks[1:]", "blocks[1:-1]", "blocks[1:3]", "prefix[1]", "deep[0]", "deep[2]", "encoder")
 
 
 @dataclass(frozen=True)
@@ -24,8 +30,18 @@ class Found:
 
     graph: fx.GraphModule
     cost: Cost
+    anatomy: Anatomy
     sites: list[Site]
     inputs: dict[str, Any]
+
+    @functools.cached_property
+    def requested(self) -> list[Site]:
+        """What this denoiser has of ``REQUESTS``."""
+        made = []
+        for name in REQUESTS:
+            with contextlib.suppress(ValueError):
+                made.append(named_site(self.anatomy, name))
+        return made
 
     def by_role(self, role: str) -> list[Site]:
         return [site for site in self.sites if site.role == role]
@@ -39,14 +55,15 @@ class Found:
 
 @functools.cache
 def found(name: str, batch: int = 2, scale: int = 1) -> Found:
-    entry = FAMILIES[name]
+    entry = {**FAMILIES, **TOKENS}[name]
     args, kwargs = entry.make_inputs(1, batch=batch, scale=scale)
     with torch.no_grad():
         variant = capture(entry.make_model(), *args, **kwargs).variants[-1]
     graph = variant.graph_module
     cost = measure_cost(graph, args, kwargs)
     inputs = dict(inspect.signature(graph.forward).bind(*args, **kwargs).arguments)
-    return Found(graph, cost, find_sites(graph, variant.trace.calls, cost), inputs)
+    anatomy = Anatomy(graph, variant.trace.calls, cost)
+    return Found(graph, cost, anatomy, all_sites(anatomy), inputs)
 
 
 # -- what is found ----------------------------------------------------------------------------------------------------
@@ -232,14 +249,14 @@ def result(output: Any) -> torch.Tensor:
     return value if isinstance(value, torch.Tensor) else value.sample
 
 
-@pytest.mark.parametrize("name", CAPTURABLE)
+@pytest.mark.parametrize("name", [*CAPTURABLE, *TOKENS])
 def test_the_true_value_in_a_sites_place_gives_the_true_result(name: str):
     case = found(name)
     with torch.no_grad():
         torch.manual_seed(7)
         full = Recording(case.graph, case.inputs)
         expected = result(full.run())
-        for site in case.sites:
+        for site in (*case.sites, *case.requested):
             pruned = given(case, site)
             for residual in {False, site.residual}:
                 fed = {}
@@ -255,22 +272,22 @@ def test_the_true_value_in_a_sites_place_gives_the_true_result(name: str):
                     assert torch.equal(got, expected), site.name
 
 
-@pytest.mark.parametrize("name", CAPTURABLE)
+@pytest.mark.parametrize("name", [*CAPTURABLE, *TOKENS])
 def test_flops_saved_is_the_cost_of_what_is_gone(name: str):
     case = found(name)
     whole = case.cost.of(live_nodes(case.graph.graph))
-    for site in case.sites:
+    for site in (*case.sites, *case.requested):
         left = {node.name for node in given(case, site).nodes}
         kept = case.cost.of(node for node in case.graph.graph.nodes if node.name in left)
         assert site.flops_saved == pytest.approx(whole - kept, abs=1e-6 * whole), site.name
 
 
-@pytest.mark.parametrize("name", CAPTURABLE)
+@pytest.mark.parametrize("name", [*CAPTURABLE, *TOKENS])
 def test_anchors_match_their_values_and_do_not_need_them(name: str):
     case = found(name)
     nodes = {node.name: node for node in case.graph.graph.nodes}
     order = {node: i for i, node in enumerate(nodes)}
-    for site in case.sites:
+    for site in (*case.sites, *case.requested):
         assert len(site.values) == len(site.anchors)
         assert site.bytes_kept == sum(nodes[value].meta["val"].bytes for value in site.values)
         left = {node.name for node in given(case, site).nodes}
