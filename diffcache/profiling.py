@@ -10,7 +10,7 @@ import contextlib
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -19,17 +19,19 @@ import torch
 from torch import nn
 
 from diffcache import gram
+from diffcache.anatomy import Anatomy
 from diffcache.call_pattern import CallPattern, LoggedCall, find_pattern, log_call
 from diffcache.cost import Cost, measure_cost
 from diffcache.memory import MemoryPlan, entry_bytes, plan_memory
 from diffcache.options import RunOptions
+from diffcache.probes import find_probes
 from diffcache.profile_record import Profile, SiteProfile
 from diffcache.programs import Programs
 from diffcache.progress import Report, silent
 from diffcache.report import relative_error
 from diffcache.runtime import CachedDenoiser
 from diffcache.schedule import COMPUTE, Forecast, Row, Schedule
-from diffcache.sites import Site, find_sites
+from diffcache.sites import Site, all_sites, named_site
 from diffcache.tracing.captured import Captured
 from diffcache.tracing.errors import GuardFailed
 from diffcache.tracing.session import Bound, unbind
@@ -70,30 +72,51 @@ class Calibration:
 
 
 class SiteFinder:
-    """Sites of a variant by name; costs and sites of each variant are found once."""
+    """Sites and probes of a variant by name; each variant is taken apart once."""
 
     def __init__(self, captured: Captured):
         self.captured = captured
-        self._found: dict[int, tuple[Cost, list[Site]]] = {}
+        self._found: dict[int, tuple[Cost, Anatomy, list[Site]]] = {}
 
-    def all(self, variant: Variant, bound: Bound) -> tuple[Cost, list[Site]]:
+    def _take_apart(self, variant: Variant, bound: Bound) -> tuple[Cost, Anatomy, list[Site]]:
         found = self._found.get(id(variant))
         if found is None:
             args, kwargs = unbind(self.captured.signature, bound)
             cost = measure_cost(variant.graph_module, args, kwargs)
-            found = self._found[id(variant)] = (cost, find_sites(variant.graph_module, variant.trace.calls, cost))
+            anatomy = Anatomy(variant.graph_module, variant.trace.calls, cost)
+            found = self._found[id(variant)] = (cost, anatomy, all_sites(anatomy))
         return found
 
+    def all(self, variant: Variant, bound: Bound) -> tuple[Cost, list[Site]]:
+        """The cost of a variant, and the sites that need no name to be found."""
+        cost, _, sites = self._take_apart(variant, bound)
+        return cost, sites
+
+    def site(self, variant: Variant, bound: Bound, name: str) -> Site:
+        """The site of a name, made on request where it has to be. Raises ValueError where this variant has none."""
+        _, anatomy, sites = self._take_apart(variant, bound)
+        return named_site(anatomy, name, sites)
+
+    def probes(self, variant: Variant, bound: Bound, wanted: Iterable[str] = (), clock: str | None = None
+               ) -> dict[str, Site]:  # fmt: skip
+        """The probes of a variant by name (see ``probes.find_probes``)."""
+        return find_probes(self._take_apart(variant, bound)[1], wanted, clock)
+
     def __call__(self, variant: Variant, bound: Bound, names: Sequence[str]) -> Sequence[Site]:
-        sites = {site.name: site for site in self.all(variant, bound)[1]}
-        return [sites[name] for name in names if name in sites]
+        """The sites of these names that this variant has."""
+        found = []
+        for name in names:
+            with contextlib.suppress(ValueError):
+                found.append(self.site(variant, bound, name))
+        return found
 
 
 class _Observer(nn.Module):
     """Stands in for the denoiser during calibration: computes everything, logs the call, sketches every site."""
 
-    def __init__(self, captured: Captured, finder: SiteFinder):
+    def __init__(self, captured: Captured, finder: SiteFinder, wanted: Sequence[str] = ()):
         super().__init__()
+        self.wanted = tuple(wanted)
         self.denoiser = captured.denoiser
         object.__setattr__(self, "captured", captured)
         self.finder, self.sites, self.everywhere, self.total = finder, [], set(), 0.0
@@ -132,10 +155,10 @@ class _Observer(nn.Module):
         if programs is None:
             cost, sites = self.finder.all(variant, bound)
             if not self.sites:
-                self.sites, self.total = _chosen(sites, cost), cost.total
+                asked = [self.finder.site(variant, bound, name) for name in self.wanted]
+                self.sites, self.total = _chosen(sites, cost, asked), cost.total
                 self.everywhere = {site.name for site in self.sites}
-            here = {site.name: site for site in sites}
-            kept = [here[site.name] for site in self.sites if site.name in here]
+            kept = list(self.finder(variant, bound, [site.name for site in self.sites]))
             programs = self._programs[id(variant)] = Programs(variant, (), kept, title="profile")
         cells = (COMPUTE,) * len(programs.sites)
         program = programs.observing()
@@ -154,13 +177,15 @@ class _Observer(nn.Module):
         return result
 
 
-def _chosen(sites: Sequence[Site], cost: Cost) -> list[Site]:
-    """Sites worth profiling: named roles first, then those that save most."""
+def _chosen(sites: Sequence[Site], cost: Cost, asked: Sequence[Site] = ()) -> list[Site]:
+    """Sites worth profiling: all that were asked for, named roles, then those that save most."""
     worthwhile = [site for site in sites if site.flops_saved > 0.01 * cost.total]
     first = [
         site for site in worthwhile if site.role in ("stack", "stack0", "stack2", "output", "deepest", "deep", "cut")
     ]
-    return (first + [site for site in worthwhile if site not in first])[:MAX_SITES]
+    rest = [site for site in worthwhile if site not in first]
+    others = [site for site in first + rest if site not in asked]
+    return [*dict.fromkeys(asked), *others][: max(MAX_SITES, len(asked))]
 
 
 _SIGNS: dict[tuple[int, int], torch.Tensor] = {}
@@ -187,17 +212,22 @@ def calibrate(
     leaf_modules: Sequence[Any] = (),
     sensitivity_prompts: int = 1,
     min_steps: int = 4,
+    wanted: Sequence[str] = (),
     report: Report = silent,
 ) -> Calibration:
     """Profile one denoiser over ``prompts`` generations.
 
+    ``wanted`` names sites that must be among those measured, whatever they save: ``blocks[8:-2]`` and the other forms
+    of ``ranges`` are made on request.
+
     Raises:
-        ValueError: the sampler never calls the denoiser, calls it fewer than ``min_steps`` times, or gives NaN.
+        ValueError: the sampler never calls the denoiser, calls it fewer than ``min_steps`` times, or gives NaN; or
+            the denoiser has no site of a wanted name.
         CaptureError: the denoiser cannot be captured exactly.
     """
     captured = Captured(denoiser, leaf_modules=leaf_modules)
     finder = SiteFinder(captured)
-    observer = _Observer(captured, finder)
+    observer = _Observer(captured, finder, wanted)
     generations: list[list[LoggedCall]] = []
     sketches: list[list[torch.Tensor]] = []
     references = []
