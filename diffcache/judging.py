@@ -15,7 +15,7 @@ from diffcache.progress import Report
 from diffcache.recipes import Recipe
 from diffcache.report import CompileReport, relative_error
 from diffcache.runtime import CachedDenoiser
-from diffcache.schedule import Forecast, Schedule
+from diffcache.schedule import Forecast, Partial, Schedule
 from diffcache.targets import Target
 
 
@@ -113,8 +113,9 @@ def _report(
     predicted = None
     known = all(any(site.name == row.site for site in record.sites) for row in schedule.rows)
     cells = [cell for row in schedule.rows for cell in row.cells]
-    # of parts with weights of their own a Gram matrix of whole values knows nothing
-    if schedule.rows and known and not any(isinstance(cell, Forecast) and cell.view for cell in cells):
+    # of parts and tokens that go their own way a Gram matrix of whole values knows nothing
+    own_way = any(isinstance(cell, Partial) or (isinstance(cell, Forecast) and cell.view) for cell in cells)
+    if schedule.rows and known and not own_way:
         predicted = max(searching.predicted_error(record, schedule), 0.0) ** 0.5
     names = tuple(row.site for row in schedule.rows)
     programs = [p for (_, sites, _), p in chosen._programs.items() if sites == names and len(p.sites) == len(names)]
