@@ -16,7 +16,7 @@ from diffcache.progress import Report
 from diffcache.recipes import Recipe
 from diffcache.report import CompileReport, relative_error
 from diffcache.runtime import CachedDenoiser
-from diffcache.schedule import Forecast, Schedule
+from diffcache.schedule import Forecast, Partial, Schedule
 from diffcache.targets import Target
 
 
@@ -151,8 +151,8 @@ def _predicted(record: Profile, schedule: Schedule) -> float | None:
     """What the calibration's Gram matrices say; None where they do not know what will be forecast, or how."""
     known = all(any(site.name == row.site for site in record.sites) for row in schedule.rows)
     cells = [cell for row in schedule.rows for cell in row.cells]
-    # of parts with weights of their own a Gram matrix of whole values knows nothing
-    parts = any(isinstance(cell, Forecast) and cell.view for cell in cells)
+    # of parts and tokens that go their own way a Gram matrix of whole values knows nothing
+    parts = any(isinstance(cell, Partial) or (isinstance(cell, Forecast) and cell.view) for cell in cells)
     if not schedule.rows or not known or parts or schedule.is_online:
         return None
     return max(searching.predicted_error(record, schedule), 0.0) ** 0.5
