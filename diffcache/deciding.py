@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from diffcache.cells import COMPUTE, Action, Cell, Forecast, Forecasting, Online, character
+from diffcache.cells import COMPUTE, Action, Cell, Forecast, Forecasting, Online, Partial, Selected, character
 from diffcache.forecasting import check_rules, forecast
 from diffcache.gates import Gate, Moment, make_gate
 from diffcache.gates.base import Numbers
@@ -18,6 +18,8 @@ from diffcache.predictors import FROM_VALUES
 from diffcache.probe_history import ProbeHistory
 from diffcache.programs import History
 from diffcache.schedule import Schedule
+from diffcache.token_choice import TokenChoice
+from diffcache.token_programs import TokenRegions
 
 BEFORE = ("", "latent")  # probes that are known before anything runs
 
@@ -35,6 +37,7 @@ class Deciding:
         self.rows_of = [[r for r, g in enumerate(self.gate_of) if g == group] for group in range(len(self.gates))]
         self.made: list[list[int]] = [[] for _ in schedule.rows]  # computed steps of each row, newest first
         self.probes = ProbeHistory(schedule)
+        self.tokens = TokenChoice(schedule)
         self.log: list[str] = []
         self.step = 0
         self._follows: dict[int, bool] = {}
@@ -47,6 +50,7 @@ class Deciding:
         self._before = (list(map(copy.copy, self.gates)), dict(self._coming))
         self.step, self._follows = step, {}
         self.probes.begin(latent.device if isinstance(latent, Tensor) else None)
+        self.tokens.begin(latent)
         self.show("", None)
         looked_at = "latent" in self.probes.rows or any(gate.probe == "latent" for gate in self.gates)
         # it is kept beyond this call, and samplers write into it
@@ -79,14 +83,14 @@ class Deciding:
         numbers = np.zeros((1, 0)) if found is None else _numbers(HostRead(found).get())
         self._follows[number] = bool(np.all(gate.follow(moment, numbers)))
 
-    def cells(self, rows: Sequence[int], history: History) -> dict[int, Cell]:
+    def cells(self, rows: Sequence[int], history: History, regions: TokenRegions) -> dict[int, Cell]:
         """What these rows do at this step, now that their gates have decided."""
-        return {row: self._settled(row, history) for row in rows}
+        return {row: self._settled(row, history, regions) for row in rows}
 
     def finish(self, column: Sequence[Cell], seen: dict[int, list[Tensor]]) -> None:
         """The step ran with this column; ``seen`` is what the gates watch, by gate."""
         for row, cell in enumerate(column):
-            if cell is COMPUTE:
+            if cell is COMPUTE or isinstance(cell, Selected):
                 self.made[row].insert(0, self.step)
         for number, gate in enumerate(self.gates):
             computed = not any(isinstance(column[row], Forecasting) for row in self.rows_of[number])
@@ -98,6 +102,7 @@ class Deciding:
             if computed:
                 self._last[number] = self.step
         self.probes.finish(self.step, column, self.made)
+        self.tokens.finish(self.step, column)
         self.log.append("".join(map(character, column)))
         self._before = None
 
@@ -107,14 +112,18 @@ class Deciding:
 
     def _possible(self, row: int) -> bool:
         cell = self.schedule.rows[row].cells[self.step]
+        if isinstance(cell, Partial):
+            return self.tokens.possible(row, cell, self.made)
         return not isinstance(cell, Action) and (isinstance(cell, Forecast) or bool(self.made[row]))
 
-    def _settled(self, row: int, history: History) -> Cell:
+    def _settled(self, row: int, history: History, regions: TokenRegions) -> Cell:
         cell, gate = self.schedule.rows[row].cells[self.step], self.gate_of[row]
         if isinstance(cell, Action):
             return cell
         if not self._possible(row) or (gate is not None and not self._follows[gate]):
             return COMPUTE
+        if isinstance(cell, Partial):
+            return self.tokens.select(row, cell, self.made, self.step, history, regions)
         assert isinstance(cell, Online | Forecast)
         if isinstance(cell, Online) and cell.predictor in FROM_VALUES:
             return self.probes.given(row, cell, self.made[row], self.step, history)

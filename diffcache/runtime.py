@@ -22,9 +22,10 @@ from diffcache.options import RunOptions
 from diffcache.predictors import weight_table
 from diffcache.programs import Carried, History, Program, Programs
 from diffcache.report import CompileReport
-from diffcache.schedule import Cell, Forecast, Forecasting, Schedule
+from diffcache.schedule import Cell, Forecast, Forecasting, Schedule, Selected
 from diffcache.sites import Site
 from diffcache.streams import Stream, calling, close, input_at
+from diffcache.token_programs import NEWEST, check_options
 from diffcache.tracing import tree
 from diffcache.tracing.captured import Captured
 from diffcache.tracing.errors import CaptureError, GuardFailed, user_frame
@@ -63,6 +64,7 @@ class CachedDenoiser(nn.Module):
         super().__init__()
         self.denoiser = captured.denoiser
         object.__setattr__(self, "captured", captured)
+        check_options(schedule.rows, options)
         self.schedule, self.pattern, self.options, self.title = schedule, pattern, options, title
         self.report: CompileReport | None = None
         self.graphs: frozenset[str] = frozenset()  # fingerprints of what a loaded schedule was made for
@@ -210,13 +212,13 @@ class CachedDenoiser(nn.Module):
         written: History = {}
         result: Any = None
         for segment, rows in enumerate(programs.rows):
-            for row, cell in deciding.cells(rows, stream.history).items():
+            for row, cell in deciding.cells(rows, stream.history, programs.regions).items():
                 column[row] = cell
             program = self._count(programs, programs.program(self.schedule, step, column, segment))
             weights = self._step_weights(program, column, leaves)
             result, kept = program(leaves, hoisted, stream.history, column, weights, carried)
             for (row, value), tensor in zip(program.writes, kept, strict=True):
-                written[row, value, step] = tensor
+                written[programs.kept_as(row, value, step)] = tensor
             for name, probe in zip(program.probes, result if program.probes else (), strict=True):
                 deciding.show(name, probe.detach())
         return result, column, written
@@ -246,7 +248,7 @@ class CachedDenoiser(nn.Module):
             found = self._make_programs(variant, bound, sites, names)
             if sites and not self._fits(found):
                 found = self._make_programs(variant, bound, (), names)
-            found.check_order(self._looks)
+            found.check_order(self.schedule, self._looks)
             self._programs[key] = found
         return found
 
@@ -334,6 +336,7 @@ class CachedDenoiser(nn.Module):
 
     def _on_device(self, cell: Cell, device: torch.device) -> torch.Tensor:
         """Weights in difference form; each is copied to the device once."""
+        cell = cell.forecast if isinstance(cell, Selected) else cell
         assert isinstance(cell, Forecast)
         key = (cell.weights, cell.view, device)
         found = self._weights.get(key)
@@ -368,7 +371,8 @@ class CachedDenoiser(nn.Module):
                 seen[number] = [next(tensors).detach()]
             elif gate.watch == "rows":
                 rows = set(stream.deciding.rows_of[number])
-                seen[number] = [in_full(kept).detach() for (row, _, _), kept in written.items() if row in rows]
+                kept = [kept for (row, _, made), kept in written.items() if row in rows and made != NEWEST]
+                seen[number] = [in_full(value).detach() for value in kept]
         return seen
 
     def say_once(self, message: str) -> None:

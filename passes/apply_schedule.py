@@ -59,14 +59,17 @@ def apply_schedule(
     gm.meta.update(history=[], weights=[], writes=[])
     _drop_blind_guards(graph, places)
     written = []
-    stands: dict[fx.Node | None, fx.Node] = {}  # what stands in for a value: the anchor of a row behind it, too
-    for found in places:
-        place = found._replace(anchor=stands.get(found.anchor, found.anchor))
+    forecasts: dict[fx.Node, fx.Node] = {}
+    for place in places:
+        # a site may stand on the value of another one that is itself forecast
+        place = place._replace(anchor=forecasts.get(place.anchor, place.anchor) if place.anchor else None)
         if place.cell is COMPUTE:
             written.append(_kept(graph, place.value, place.anchor, returned, small))
             gm.meta["writes"].append((place.row, place.part))
         elif isinstance(place.cell, Forecasting):
-            last, stands[place.value] = _forecast(gm, last, place, place.value.meta.get("storage") in returned, small)
+            last, forecasts[place.value] = _forecast(
+                gm, last, place, place.value.meta.get("storage") in returned, small
+            )
     end.args = ((end.args[0], tuple(written)),)
     return gm
 
