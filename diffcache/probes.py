@@ -28,6 +28,7 @@ from diffcache.blocks import Block, call_names, child_candidates, varying
 from diffcache.cuts import output_candidates
 from diffcache.flow import Candidate, target_name
 from diffcache.ranges import is_requested, range_name
+from diffcache.residual_blocks import residual_candidates
 from diffcache.sites import Site, measured, named_site
 from diffcache.timestep import clock_node, timestep_embedding
 
@@ -46,7 +47,7 @@ def find_probes(anatomy: Anatomy, wanted: Iterable[str] = (), clock: str | None 
         ValueError: a wanted probe cannot be made here.
     """
     found = [_latent(anatomy), _output(anatomy), _timestep(anatomy, clock), *_of_first_block(anatomy, clock),
-             *_of_blocks(anatomy), *_of_children(anatomy)]  # fmt: skip
+             *_of_blocks(anatomy), *_of_residual_blocks(anatomy), *_of_children(anatomy)]  # fmt: skip
     probes: dict[str, Site] = {}
     for candidate in found:
         if candidate is not None and candidate.values:
@@ -187,6 +188,14 @@ def _of_blocks(anatomy: Anatomy) -> Iterable[Candidate]:
         value = _query_input(anatomy, block.call)
         if value is not None:
             yield _probe(f"modulated:{block.name}", [value], path, block.call)
+
+
+def _of_residual_blocks(anatomy: Anatomy) -> Iterable[Candidate]:
+    """The inputs of blocks whose input has another shape than their output."""
+    flow, names = anatomy.flow, call_names(anatomy.flow)
+    for block in residual_candidates(anatomy):
+        given = [n for n in flow.call_inputs(block.call) if n in flow.from_latent and flow.readable(n)]
+        yield _probe(f"input:{names[block.call]}", given, block.path, block.call)
 
 
 def _of_children(anatomy: Anatomy) -> Iterable[Candidate]:

@@ -6,6 +6,7 @@ Enters: an ``Anatomy`` and a name. Leaves: a candidate, or a ValueError that say
   as Python slices are; both stacks of a joint-attention transformer count on through. ``Fn`` and ``Bn`` of DBCache.
 * ``prefix[b]``: the streams behind block ``b``, as they are: nothing up to it runs (BlockDance).
 * ``deep[b]``: DeepCache's feature at branch ``b``, 0 the shallowest: all that lies deeper than skip ``b`` is dead.
+* ``output-latent``: what the denoiser returns less what it was handed, where the two have one shape (EasyCache).
 * ``encoder``: what the deepest layers hand up and every skip: the way down and the middle are dead (FasterDiffusion).
 """
 
@@ -19,6 +20,7 @@ from torch import fx
 
 from diffcache.anatomy import Anatomy
 from diffcache.blocks import MAX_VALUES, paired, stack_cut, varying
+from diffcache.cuts import output_candidates
 from diffcache.flow import Candidate
 
 _RANGE = re.compile(r"blocks\[(-?\d+)?:(-?\d+)?\]")
@@ -45,23 +47,40 @@ def deep_name(branch: int) -> str:
 
 def is_requested(name: str) -> bool:
     """Whether a name asks for a site that is made on request."""
-    return name == "encoder" or bool(_RANGE.fullmatch(name) or _INDEXED.fullmatch(name))
+    return name in ("encoder", "output-latent") or bool(_RANGE.fullmatch(name) or _INDEXED.fullmatch(name))
 
 
 def requested(anatomy: Anatomy, name: str) -> Candidate:
     """The candidate that a name of this module's forms asks for. Raises ValueError where the denoiser has none."""
     if name == "encoder":
         return _encoder(anatomy)
+    if name == "output-latent":
+        return _transform(anatomy)
     if found := _RANGE.fullmatch(name):
         first, last = (int(text) if text else None for text in found.groups())
         return _range(anatomy, name, *_span(anatomy, name, first, last))
     found = _INDEXED.fullmatch(name)
     if found is None:
         raise ValueError(
-            f"'{name}' asks for no site; the forms are blocks[first:last], prefix[block], deep[branch] and encoder"
+            f"'{name}' asks for no site; the forms are blocks[first:last], prefix[block], deep[branch], encoder and "
+            "output-latent"
         )
     kind, index = found[1], int(found[2])
     return _prefix(anatomy, name, index) if kind == "prefix" else _deep(anatomy, name, index)
+
+
+def _transform(anatomy: Anatomy) -> Candidate:
+    flow = anatomy.flow
+    output, latent = next(output_candidates(flow), None), flow.latent
+    if output is None or latent is None or len(output.values) != 1:
+        raise ValueError("'output-latent' needs a denoiser that is handed one latent and returns one tensor")
+    if not flow.readable(latent) or not flow.alike(output.values[0], latent):
+        shapes = [getattr(flow.spec(node), "shape", None) for node in (output.values[0], latent)]
+        raise ValueError(
+            f"'output-latent' needs a result of the latent's shape and dtype; got {shapes[0]} and {shapes[1]}. Ask for "
+            "the output itself"
+        )
+    return Candidate("range", "output-latent", output.values, (latent,), "")
 
 
 # -- runs of blocks -------------------------------------------------------------------------------------------------

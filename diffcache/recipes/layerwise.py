@@ -8,7 +8,7 @@ import numpy as np
 
 from diffcache import planners, planning_tables
 from diffcache.recipes.base import GateSpec, Part, Plan, Predict, Recipe, method
-from diffcache.recipes.picks import between, every_one, if_any, modules
+from diffcache.recipes.picks import between, every_one, modules, profiled
 from diffcache.recipes.timewise import forced
 from diffcache.schedule import SiteChoice
 
@@ -19,12 +19,13 @@ def block_caching(threshold: float = 0.3) -> Recipe:
 
     The changes are measured in calibration, so the table is fixed. The learned scale and shift are left out.
     """
+    blocks = every_one("block")
 
     def computed(plan: Plan, site: SiteChoice) -> Sequence[int]:
-        changes = plan.measure([site.name], "l1", raw=True)[site.name][:, :, 0]
+        changes = plan.measure([other.name for other in blocks(plan)], "l1", raw=True)[site.name][:, :, 0]
         return planners.block_caching([0.0, *np.mean(changes[:, 1:], axis=0)], threshold=threshold)
 
-    return Recipe(parts=(Part(sites=if_any(every_one("block")), when=computed),))
+    return Recipe(parts=(Part(sites=blocks, when=computed),))
 
 
 # the changes below which each interval holds, as published for that number of steps
@@ -84,7 +85,7 @@ def dbprune(threshold: float = 0.05, warm_up: int = 1) -> Recipe:
         path = site.name.partition(":")[2]
         return GateSpec("change", {"threshold": threshold, "probe": f"input:{path}"})
 
-    return Recipe(parts=(Part(sites=if_any(every_one("block")), when=forced(warm_up), gate=gate),))
+    return Recipe(parts=(Part(sites=every_one("block"), when=forced(warm_up), gate=gate),))
 
 
 @method("Foresight", 2025, "layer-adaptive", "arXiv 2506.00329", "CogVideoX 1.46x PSNR 34.8, Wan 2.23x")
@@ -98,7 +99,7 @@ def foresight(warm_up: float = 0.15, interval: int = 2, gamma: float = 0.5) -> R
         options = {"warm_up": first(plan), "interval": interval, "gamma": gamma, "block": site.name}
         return GateSpec("drift", options)
 
-    early = Part(sites=if_any(every_one("block")), when=lambda plan, site: range(first(plan)), gate=gate)
+    early = Part(sites=every_one("block"), when=lambda plan, site: range(first(plan)), gate=gate)
     return Recipe(parts=(early,))
 
 
@@ -112,7 +113,7 @@ def bwcache(threshold: float = 0.15, hold: float = 0.1) -> Recipe:
     def ends(plan: Plan, site: SiteChoice) -> Collection[int]:
         return forced(2, max(1, round(hold * plan.steps / 2)))(plan, site)
 
-    return Recipe(parts=(Part(sites=if_any(every_one("block")), when=ends, gate=gate),))
+    return Recipe(parts=(Part(sites=every_one("block"), when=ends, gate=gate),))
 
 
 @method("Learning-to-Cache", 2024, "layer-adaptive", "arXiv 2406.01733", "U-ViT-H/2: 47 % of the work")
@@ -132,13 +133,15 @@ def harmonica(share: float = 0.5) -> Recipe:
 
 
 def _routed(share: float, sensitive: bool) -> Recipe:
+    pick = profiled(modules())
+
     def computed(plan: Plan, site: SiteChoice) -> Sequence[int]:
         assert plan.profile is not None
-        sites = list(modules()(plan))
+        sites = list(pick(plan))
         records = [plan.profile.site(other.name) for other in sites]
         weights = [list(record.sensitivity) for record in records] if sensitive else None
         errors = planning_tables.step_errors([record.gram for record in records], weights)
         mask = planners.routers(errors, [record.flops_saved for record in records], share=share)
         return [step for step, reused in enumerate(mask[sites.index(site)]) if not reused]
 
-    return Recipe(parts=(Part(sites=modules(), when=computed),))
+    return Recipe(parts=(Part(sites=pick, when=computed),))

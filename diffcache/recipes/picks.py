@@ -37,8 +37,9 @@ def requested(name: str, instead: str = "") -> Pick:
         try:
             return [plan.site(name)]
         except ValueError:
-            counted = _blocks(plan) if name.startswith(("blocks", "prefix")) else _skips(plan)
-            if not instead or counted:
+            counted = name.startswith(("blocks[", "prefix[")) and _blocks(plan) > 0
+            nested = name.startswith(("deep[", "encoder")) and _skips(plan)
+            if not instead or counted or nested:
                 raise
             return one(instead)(plan)
 
@@ -70,17 +71,37 @@ def between(first: int, last: int | None = None) -> Pick:
 
 
 def every_one(*roles: str, kinds: Sequence[str] = (), first: int = 0, last: int | None = None) -> Pick:
-    """All sites of some roles in blocks ``first`` to ``last - 1``; of attentions those of some kinds only."""
+    """All sites of some roles in blocks ``first`` to ``last - 1``; of attentions those of some kinds only.
+
+    Of sites within one another, as blocks within the stages of a U-Net, the outermost.
+    """
 
     def pick(plan: Plan) -> Sequence[SiteChoice]:
         found = [site for site in plan.sites if site.role in roles and (not kinds or site.kind in kinds)]
-        chosen = [s for s in found if s.depth < 0 or s.depth in range(*slice(first, last).indices(s.blocks))]
+        placed = [s for s in found if s.depth < 0 or s.depth in range(*slice(first, last).indices(s.blocks))]
+        chosen = [site for site in placed if not any(_within(site, other) for other in placed)]
         if not chosen:
             what = f"{' or '.join(roles)}{f' of kind {list(kinds)}' if kinds else ''}"
             raise ValueError(f"no site is an {what}; the sites and roles here are: {plan.known()}")
         return chosen
 
     return pick
+
+
+def _within(site: SiteChoice, other: SiteChoice) -> bool:
+    return site.name.partition(":")[2].startswith(other.name.partition(":")[2] + ".")
+
+
+def profiled(pick: Pick) -> Pick:
+    """Those that do enough of the work to have been profiled."""
+
+    def pick_profiled(plan: Plan) -> Sequence[SiteChoice]:
+        if plan.profile is None:
+            raise ValueError("this recipe plans on what calibration measures; use diffcache.compile")
+        known = {site.name for site in plan.profile.sites}
+        return [site for site in pick(plan) if site.name in known]
+
+    return pick_profiled
 
 
 def modules(first: int = 0, last: int | None = None) -> Pick:

@@ -135,7 +135,7 @@ def blockdance(interval: int = 2, start: float = 0.4, end: float = 0.95, share: 
 @method("FRDiff", 2023, "static", "arXiv 2312.03517", "1.76x")
 def frdiff(interval: int = 2) -> Recipe:
     """Residual blocks keep their features for ``interval`` steps. The mixing of scores is left out."""
-    return Recipe(parts=(Part(sites=if_any(every_one("block")), when=at("every", interval=interval)),))
+    return Recipe(parts=(Part(sites=every_one("block"), when=at("every", interval=interval)),))
 
 
 @method("Step mask (cache-dit's SCM)", 2025, "static", "cache-dit")
