@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from torch import fx
 
@@ -152,10 +153,11 @@ def _complaint(anatomy: Anatomy, first: int, last: int, values: Nodes) -> str:
             "last block"
         )
     count = len(anatomy.trunk)
-    ends = [end for end in range(first + 1, count + 1) if end != last and _is_site(anatomy, first, end)]
-    starts = [start for start in range(last) if start != first and _is_site(anatomy, start, last)]
-    nearest = [(first, end) for end in sorted(ends, key=lambda end: abs(end - last))[:2]]
-    nearest += [(start, last) for start in sorted(starts, key=lambda start: abs(start - first))[:2]]
+    others = [(first, end) for end in range(first + 1, count + 1)], [(start, last) for start in range(last)]
+    nearest: list[tuple[int, int]] = []
+    for runs in others:
+        runs.sort(key=lambda run: abs(run[0] - first) + abs(run[1] - last))
+        nearest += islice((run for run in runs[1:] if _is_site(anatomy, *run)), 2)
     ways = [range_name(*way) for way in nearest] + [prefix_name(last - 1)]
     return (
         f"the stream that leaves block {last - 1} has another shape than the one that enters block {first}, so there "

@@ -22,11 +22,12 @@ from diffcache.passes.flatten_inputs import flatten_inputs
 from diffcache.passes.fuse_forecasts import fuse_forecasts
 from diffcache.passes.hoist_step_invariant import hoist_step_invariant
 from diffcache.pipeline import PREPARE, SPECIALISE, PassReport, bisect_passes, known_passes, run_passes
+from diffcache.programs import Programs
 from diffcache.schedule import COMPUTE, SKIP, Forecast
 from diffcache.sites import Site
 from diffcache.tracing.captured import capture
 from diffcache.tracing.printer import format_graph
-from tests.generation import Request, compiled, sample
+from tests.generation import Request, compiled, sample, schedule_of, shared_calibration
 
 Golden = Callable[[str], None]
 PROMPT = (("item", "prompt"),)
@@ -208,6 +209,18 @@ def test_true_residuals_reproduce_the_program() -> None:
     forecast.recompile()
     result, _ = forecast(*inputs(1), residual, residual, torch.tensor([1.0, -0.5]))
     torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=str)
+def test_a_site_that_stands_on_another_forecast(order: tuple[int, int]) -> None:
+    """Two blocks in a row: neither is computed, in whichever order their rows come."""
+    found = shared_calibration()
+    sites = [found.sites[f"block:blocks.{block}"] for block in order]
+    schedule = schedule_of(found, {site.name: "Crrrrrrr" for site in sites})
+    program = Programs(found.captured.variants[0], (), sites).program(schedule, 1)
+    run = {node.meta.get("path", "").split(".")[1] for node in program.module.graph.nodes if node.op == "call_module"
+           if node.meta.get("path", "").startswith("blocks")}  # fmt: skip
+    assert run == {"2"}
 
 
 def test_a_skipped_cell_neither_keeps_nor_forecasts() -> None:

@@ -4,7 +4,11 @@
 """
 
 from diffcache.recipes.base import METHODS, Method, Part, Plan, Predict, Recipe, method
-from diffcache.recipes.baselines import evenly, steps, uniform
+from diffcache.recipes.baselines import (
+    evenly,
+    steps,
+    uniform,
+)
 from diffcache.recipes.layerwise import (
     adacache,
     block_caching,
@@ -44,9 +48,11 @@ from diffcache.recipes.predictive import (
     scalingcache,
     spectrum,
     taocache,
+    tap,
     taylorseer,
     taylorseer_lite,
     vde,
+    worldcache,
 )
 from diffcache.recipes.static import (
     blockdance,
@@ -61,7 +67,20 @@ from diffcache.recipes.static import (
     smoothcache,
     step_mask,
 )
-from diffcache.recipes.timewise import adaptive_diffusion, dicache, easycache, fastcache, magcache, seacache, teacache
+from diffcache.recipes.timewise import (
+    adaptive_diffusion,
+    dicache,
+    easycache,
+    fastcache,
+    magcache,
+    seacache,
+    teacache,
+)
+from diffcache.recipes.views import (
+    freqca,
+    hyca,
+    svdcache,
+)
 
 __all__ = [
     "METHODS",
@@ -96,11 +115,13 @@ __all__ = [
     "fora",
     "foresight",
     "frdiff",
+    "freqca",
     "goc",
     "golden_path",
     "harmonica",
     "hicache",
     "hicache_modes",
+    "hyca",
     "invardiff",
     "l2p",
     "learning_to_cache",
@@ -123,10 +144,13 @@ __all__ = [
     "spectrum",
     "step_mask",
     "steps",
+    "svdcache",
     "taocache",
+    "tap",
     "taylorseer",
     "taylorseer_lite",
     "teacache",
     "uniform",
     "vde",
+    "worldcache",
 ]

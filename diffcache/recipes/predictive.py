@@ -122,6 +122,23 @@ def vde(stable: int = 6, interval: int = 3) -> Recipe:
     return Recipe(parts=(Part(sites=one("output"), when=when, predictor=predictor),))
 
 
+@method("TAP", 2026, "hybrid", "CVPR 2026", "FLUX 6.24x ImageReward .99, Qwen-Image 3.57x")
+def tap(interval: int = 5, warm_up: int = 3, max_order: int = 2, shifts: int = 4) -> Recipe:
+    """Each token takes the Taylor order and horizon that would have forecast its modulated input best at this step."""
+    predictor = Predict("token_choice", {"max_order": max_order, "shifts": shifts}, probe="modulated")
+    return _every(interval, warm_up, predictor, lite=True)
+
+
+@method("WorldCache", 2026, "hybrid", "ICML 2026", "Voyager 3.65x, Aether 1.68x")
+def worldcache(interval: int = 3, warm_up: int = 3, low: float = 0.2, high: float = 0.8) -> Recipe:
+    """Tokens that hardly bend are reused, the middle ones go on straight, the most curved with a damped velocity.
+
+    The paper's gate adds up the curvature of the last group; here the interval is fixed.
+    """
+    predictor = Predict("curvature", {"low": low, "high": high, "max_skips": max(2, interval - 1)})
+    return _every(interval, warm_up, predictor, lite=True, site="output")
+
+
 @method("GOC", 2025, "predictive", "arXiv 2503.05156", "FORA + 12 % fidelity")
 def goc(interval: int = 2, eta: float = 1.2) -> Recipe:
     """FORA whose kept modules go on by ``eta`` times their last difference."""
