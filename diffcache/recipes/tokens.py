@@ -49,8 +49,8 @@ class Tokens:
         """
         if others.predictor in predictors.FROM_VALUES or others.view is not None:
             raise ValueError(
-                f"predictor '{others.predictor}' makes weights from values or for parts of them; beside computed tokens "
-                f"only weights from step numbers are possible: {sorted(predictors.PREDICTORS)}"
+                f"predictor '{others.predictor}' makes weights from values or for parts of them; beside computed "
+                f"tokens only weights from step numbers are possible: {sorted(predictors.PREDICTORS)}"
             )
         looks_at = what_it_looks_at(self.score, self.options)
         steps = range(plan.steps) if self.when is None else self.when(plan, site, computed)
