@@ -3,7 +3,8 @@
 Enters: an ``Anatomy`` and a name. Leaves: a candidate, or a ValueError that says what can be asked for instead.
 
 * ``blocks[first:last]``: what blocks ``first`` to ``last - 1`` of the trunk add to the streams that enter them. Counted
-  as Python slices are; both stacks of a joint-attention transformer count on through. ``Fn`` and ``Bn`` of DBCache.
+  as Python slices are; both stacks of a joint-attention transformer count on through. ``Fn`` and ``Bn`` of DBCache. The
+  stream that the latent began comes first, text behind it.
 * ``prefix[b]``: the streams behind block ``b``, as they are: nothing up to it runs (BlockDance).
 * ``deep[b]``: DeepCache's feature at branch ``b``, 0 the shallowest: all that lies deeper than skip ``b`` is dead.
 * ``output-latent``: what the denoiser returns less what it was handed, where the two have one shape (EasyCache).
@@ -111,6 +112,9 @@ def _range(anatomy: Anatomy, name: str, first: int, last: int) -> Candidate:
     values, anchors = _residual(anatomy, first, last)
     if not values or all(anchor is None for anchor in anchors):
         raise ValueError(f"'{name}': {_complaint(anatomy, first, last, values)}")
+    # the stream that the latent began comes first: it is what a gate looks at (FBCache, DBCache)
+    pairs = sorted(zip(values, anchors, strict=True), key=lambda pair: anatomy.foreign(pair[0]))
+    values, anchors = tuple(value for value, _ in pairs), tuple(anchor for _, anchor in pairs)
     return Candidate("range", name, values, anchors, _path(anatomy, first), anatomy.trunk[first].call)
 
 

@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffcache import predictors
-from diffcache.cells import COMPUTE, Cell, Forecast, GateSpec, Online, View
+from diffcache.cells import COMPUTE, Cell, Forecast, GateSpec, Online, Partial, View
 from diffcache.forecasting import forecast, used
 from diffcache.gates import make_gate
 from diffcache.profile_record import Profile
+from diffcache.recipes.tokens import Tokens
 from diffcache.schedule import Row, Schedule, SiteChoice
 
 P = ParamSpec("P")
@@ -42,6 +43,7 @@ class Plan:
     find: Callable[[Sequence[str]], Sequence[SiteChoice]] | None = None
     measure_with: Callable[..., Mapping[str, Array]] | None = None
     error_of: Callable[[Schedule], float] | None = None
+    refusal_of: Callable[[str], str] | None = None
     trajectory_of: Callable[[str], NDArray[np.float32]] | None = None
 
     def site(self, name: str) -> SiteChoice:
@@ -81,6 +83,10 @@ class Plan:
         if self.error_of is None:
             raise ValueError("this recipe tries schedules out in calibration; use diffcache.compile")
         return self.error_of(schedule)
+
+    def mixes_tokens(self, name: str) -> str:
+        """Why a site cannot run on some of its tokens; empty where it can, or where that is not known yet."""
+        return self.refusal_of(name) if self.refusal_of is not None else ""
 
     def known(self) -> str:
         names = [f"{site.name} ({site.role})" if site.role else site.name for site in self.sites]
@@ -155,16 +161,24 @@ def first_step(plan: Plan, site: SiteChoice) -> Collection[int]:
 class Part:
     """Some sites, the steps at which they are computed in any case, and what happens at the others.
 
-    Without a gate all others are forecast; with one, those that it lets pass.
+    Without a gate all others are forecast; with one, those that it lets pass. At the steps that ``tokens`` name a few
+    tokens are computed, of the sites that can run on a few.
     """
 
     sites: Pick
     when: When = first_step
     gate: Gating | None = None
     predictor: Predict = Predict()
+    tokens: Tokens | None = None
 
     def rows(self, plan: Plan, title: str) -> list[Row]:
-        return [self._row(plan, site, title) for site in self.sites(plan)]
+        """Raises ValueError where no site of a part that is about tokens can run on some of them."""
+        sites = self.sites(plan)
+        refused = {site.name: plan.mixes_tokens(site.name) for site in sites} if self.tokens is not None else {}
+        if refused and all(refused.values()):
+            raise ValueError(f"{title} finds no site that can run on a few tokens; the first of them: "
+                             f"{next(iter(refused.values()))}")  # fmt: skip
+        return [self._row(plan, site, title) for site in sites]
 
     def _row(self, plan: Plan, site: SiteChoice, title: str) -> Row:
         computed = sorted(set(self.when(plan, site)))
@@ -174,12 +188,18 @@ class Part:
             )
         gate = _looking(plan, self.gate(plan, site) if callable(self.gate) else self.gate)
         predictor = self.predictor.at(plan, site)
+        partial: Mapping[int, Cell] = {}
+        if self.tokens is not None and not plan.mixes_tokens(site.name):
+            partial = self.tokens.cells(plan, site, computed, predictor.online())
         made: list[int] = []
         cells: list[Cell] = []
         for step in range(plan.steps):
             if step in computed:
                 made.insert(0, step)
                 cells.append(COMPUTE)
+            elif step in partial:
+                made.insert(0, step)
+                cells.append(partial[step])
             elif gate is not None:
                 cells.append(predictor.online())
             else:
@@ -217,12 +237,16 @@ class Recipe:
         if not rows:
             raise ValueError(f"{self.origin} finds no site here; the sites are: {plan.known()}")
         saved = {row.site: plan.site(row.site).flops_fraction_saved for row in rows}
-        forecasts = [(row.site, cell) for row in rows for cell in row.cells if isinstance(cell, Forecast)]
-        left = 1.0 - sum(saved[site] for site, _ in forecasts) / plan.steps
+        left = 1.0 - sum(saved[row.site] * _saves(cell) for row in rows for cell in row.cells) / plan.steps
         return Schedule(plan.steps, tuple(rows), clock=plan.clock, origin=self.origin, flops_fraction=max(left, 1e-6))
 
     def __repr__(self) -> str:
         return self.origin
+
+
+def _saves(cell: Cell) -> float:
+    """The share of a site's work that is surely not done."""
+    return 1.0 - cell.share if isinstance(cell, Partial) else float(isinstance(cell, Forecast))
 
 
 @dataclass(frozen=True)
