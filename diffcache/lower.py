@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from diffcache.direct import direct
+from diffcache.graphs import copy_graph_module
 from diffcache.tracing import tree
 
 BACKENDS = ("eager", "inductor", "cudagraphs")
@@ -22,11 +24,12 @@ def check_backend(backend: str) -> str:
 def lower(module: fx.GraphModule, backend: str = "eager") -> Callable[..., Any]:
     """A callable that runs ``module``.
 
-    "inductor" compiles it as one graph at its first call; "cudagraphs" also records what that launches on a GPU and
-    replays it (elsewhere it is the same as "inductor").
+    "eager" calls our own operations without torch's dispatcher, in a copy of ``module``. "inductor" compiles it as one
+    graph at its first call; "cudagraphs" also records what that launches on a GPU and replays it (elsewhere it is the
+    same as "inductor").
     """
     if check_backend(backend) == "eager":
-        return module
+        return _called_directly(module)
     if backend == "inductor":
         return torch.compile(module, fullgraph=True, dynamic=False)
     recorded = torch.compile(module, fullgraph=True, dynamic=False, mode="reduce-overhead")
@@ -37,3 +40,14 @@ def lower(module: fx.GraphModule, backend: str = "eager") -> Callable[..., Any]:
         return tree.rebuild(recorded(*inputs), lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf)
 
     return replay
+
+
+def _called_directly(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy over the same tensors that calls ``direct`` operations."""
+    if all(direct(node.target) is node.target for node in module.graph.nodes):
+        return module
+    copy = copy_graph_module(module)
+    for node in copy.graph.nodes:
+        node.target = direct(node.target)
+    copy.recompile()
+    return copy

@@ -7,7 +7,8 @@
 
 The functions ``*_reference`` are the truth; on CUDA tensors a Triton kernel in ``kernels/`` does the same in one
 launch. They are made with ``torch.library.triton_op``, so ``torch.compile`` sees through them: on a CPU it fuses the
-reference with its neighbours, on a GPU it places the kernel itself. Weights arrive in difference form
+reference with its neighbours, on a GPU it places the kernel itself. ``diffcache/direct.py`` calls the same functions
+(``BODIES``) without torch's dispatcher. Weights arrive in difference form
 (``difference_form``), in which a value that does not change between steps is reproduced bit for bit.
 """
 
@@ -21,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from diffcache.kernels.starting import Start
 
 try:  # the package works where triton does not exist
     from diffcache.kernels import extrapolate as extrapolate_kernels
@@ -129,7 +132,11 @@ def relative_change_reference(new: Tensor, old: Tensor, norm: int = 1) -> Tensor
     wide = torch.float64 if new.dtype == torch.float64 else torch.float32
     before = old.reshape(len(old), -1).to(wide)
     change = new.reshape(len(new), -1).to(wide) - before
-    return (change.norm(p=norm, dim=1) / before.norm(p=norm, dim=1)).to(torch.float32)
+    if norm == 2:
+        found = torch.linalg.vector_norm(change, dim=1) / torch.linalg.vector_norm(before, dim=1)
+    else:  # on a CPU sums are made with vector instructions, an L1 norm is not
+        found = change.abs_().sum(1) / before.abs().sum(1)
+    return found.to(torch.float32)
 
 
 # -- what they refuse ----------------------------------------------------------------------------------------------
@@ -178,7 +185,7 @@ def _check(
             raise ValueError(f"{name} of shape {list(shape)} does not broadcast to the history's {list(newest.shape)}")
 
 
-def _on_gpu(tensor: Tensor, small: torch.dtype | None = None) -> bool:
+def on_gpu(tensor: Tensor, small: torch.dtype | None = None) -> bool:
     """Whether a kernel can take it; GPUs older than Ada have no float8."""
     if not HAS_TRITON or not tensor.is_cuda:
         return False
@@ -186,6 +193,66 @@ def _on_gpu(tensor: Tensor, small: torch.dtype | None = None) -> bool:
 
 
 # -- the operations ------------------------------------------------------------------------------------------------
+
+
+def _extrapolate_body(
+    start: Start,
+    anchor: Tensor | None,
+    history: Sequence[Tensor],
+    weights: Tensor,
+    gate: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    _check(anchor, history, weights, gate, dtype)
+    if on_gpu(history[0], history[0].dtype):
+        done = extrapolate_kernels.extrapolate(start, anchor, *split_scales(history), weights, gate, dtype)
+        if done is not None:
+            return done[0]
+    return extrapolate_reference(anchor, history, weights, gate, dtype)
+
+
+def _extrapolate_modulate_body(
+    start: Start,
+    anchor: Tensor | None,
+    history: Sequence[Tensor],
+    weights: Tensor,
+    factor: Tensor,
+    shift: Tensor,
+    eps: float,
+    gate: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor]:
+    _check(anchor, history, weights, gate, dtype)
+    if on_gpu(history[0], history[0].dtype) and factor.dtype == shift.dtype == (dtype or history[0].dtype):
+        modulation = (factor, shift, eps, keep)
+        done = extrapolate_kernels.extrapolate(start, anchor, *split_scales(history), weights, gate, dtype, modulation)
+        if done is not None:
+            return done
+    return extrapolate_modulate_reference(anchor, history, weights, factor, shift, eps, gate, dtype, keep)
+
+
+def _quantize_body(start: Start, value: Tensor, anchor: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    if dtype not in SMALL:
+        raise ValueError(f"history can be stored in {list(SMALL)}, got {dtype}")
+    if on_gpu(value, dtype):
+        done = quantize_kernels.quantize(start, value, anchor, dtype, SMALL[dtype])
+        if done is not None:
+            return done
+    return quantize_reference(value, anchor, dtype)
+
+
+def _relative_change_body(start: Start, new: Tensor, old: Tensor, norm: int = 1) -> Tensor:
+    if norm not in (1, 2):
+        raise ValueError(f"norm must be 1 or 2, got {norm}")
+    if new.shape != old.shape or new.ndim == 0 or new.dtype != old.dtype:
+        raise ValueError(
+            f"relative_change compares two batches of one shape and dtype, got {list(new.shape)} {new.dtype} and "
+            f"{list(old.shape)} {old.dtype}"
+        )
+    if on_gpu(new) and new.numel():
+        return change_kernels.relative_change(start, new, old, norm)
+    return relative_change_reference(new, old, norm)
 
 
 @torch.library.triton_op("diffcache::extrapolate", mutates_args=())
@@ -196,12 +263,7 @@ def _extrapolate(
     gate: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    _check(anchor, history, weights, gate, dtype)
-    if _on_gpu(history[0], history[0].dtype):
-        done = extrapolate_kernels.extrapolate(anchor, *split_scales(history), weights, gate, dtype)
-        if done is not None:
-            return done[0]
-    return extrapolate_reference(anchor, history, weights, gate, dtype)
+    return _extrapolate_body(Start(), anchor, history, weights, gate, dtype)
 
 
 @torch.library.triton_op("diffcache::extrapolate_modulate", mutates_args=())
@@ -217,38 +279,17 @@ def _extrapolate_modulate(
     keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The value that ``extrapolate`` gives, and ``layer_norm(value) * factor + shift``."""
-    _check(anchor, history, weights, gate, dtype)
-    if _on_gpu(history[0], history[0].dtype) and factor.dtype == shift.dtype == (dtype or history[0].dtype):
-        modulation = (factor, shift, eps, keep)
-        done = extrapolate_kernels.extrapolate(anchor, *split_scales(history), weights, gate, dtype, modulation)
-        if done is not None:
-            return done
-    return extrapolate_modulate_reference(anchor, history, weights, factor, shift, eps, gate, dtype, keep)
+    return _extrapolate_modulate_body(Start(), anchor, history, weights, factor, shift, eps, gate, dtype, keep)
 
 
 @torch.library.triton_op("diffcache::quantize", mutates_args=())
 def _quantize(value: Tensor, anchor: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    if dtype not in SMALL:
-        raise ValueError(f"history can be stored in {list(SMALL)}, got {dtype}")
-    if _on_gpu(value, dtype):
-        done = quantize_kernels.quantize(value, anchor, dtype, SMALL[dtype])
-        if done is not None:
-            return done
-    return quantize_reference(value, anchor, dtype)
+    return _quantize_body(Start(), value, anchor, dtype)
 
 
 @torch.library.triton_op("diffcache::relative_change", mutates_args=())
 def _relative_change(new: Tensor, old: Tensor, norm: int = 1) -> Tensor:
-    if norm not in (1, 2):
-        raise ValueError(f"norm must be 1 or 2, got {norm}")
-    if new.shape != old.shape or new.ndim == 0 or new.dtype != old.dtype:
-        raise ValueError(
-            f"relative_change compares two batches of one shape and dtype, got {list(new.shape)} {new.dtype} and "
-            f"{list(old.shape)} {old.dtype}"
-        )
-    if _on_gpu(new) and new.numel():
-        return change_kernels.relative_change(new, old, norm)
-    return relative_change_reference(new, old, norm)
+    return _relative_change_body(Start(), new, old, norm)
 
 
 def _differentiate(op: Any, reference: Callable[..., Any]) -> None:
@@ -284,3 +325,11 @@ extrapolate = torch.ops.diffcache.extrapolate.default
 extrapolate_modulate = torch.ops.diffcache.extrapolate_modulate.default
 quantize = torch.ops.diffcache.quantize.default
 relative_change = torch.ops.diffcache.relative_change.default
+
+# what each operation runs: the function behind it, which is told first how kernels are started
+BODIES: dict[Any, Callable[..., Any]] = {
+    extrapolate: _extrapolate_body,
+    extrapolate_modulate: _extrapolate_modulate_body,
+    quantize: _quantize_body,
+    relative_change: _relative_change_body,
+}

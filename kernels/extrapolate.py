@@ -7,16 +7,15 @@ The eager body in ``diffcache/ops.py`` is the truth, down to where it rounds. No
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from diffcache.kernels.layout import as_triple, laid_out_alike, lie_alike
+from diffcache.kernels.starting import Start
 
 MAX_HISTORY = 6
 BLOCK = 2048  # elements of one program, where no sum along a row asks for more: 128-bit loads on every GPU
@@ -159,25 +158,21 @@ def extrapolate_kernel(  # type: ignore[no-untyped-def]
         tl.store(p_modulated + o_out, b_norm.to(VALUE), mask=m)
 
 
-def _launch_dense(out: Tensor, anchor: Tensor | None, values: list[Tensor], weights: Tensor) -> None:
+def _launch_dense(start: Start, out: Tensor, anchor: Tensor | None, values: list[Tensor], weights: Tensor) -> None:
     """On tensors whose elements lie alike and without gaps."""
     newest, numel = values[0], out.numel()
     padded = (values + [newest] * MAX_HISTORY)[:MAX_HISTORY]
-    with _current(out):
-        wrap_triton(dense_kernel)[(triton.cdiv(numel, DENSE_BLOCK),)](
-            out, newest if anchor is None else anchor, *padded, weights, numel,
-            K=len(values), HAS_ANCHOR=anchor is not None,
-            WIDE=tl.float64 if out.dtype == torch.float64 else tl.float32,
-            BLOCK=DENSE_BLOCK,
-        )  # fmt: skip
-
-
-def _current(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    start(
+        dense_kernel, (triton.cdiv(numel, DENSE_BLOCK),),
+        out, newest if anchor is None else anchor, *padded, weights, numel,
+        K=len(values), HAS_ANCHOR=anchor is not None,
+        WIDE=tl.float64 if out.dtype == torch.float64 else tl.float32,
+        BLOCK=DENSE_BLOCK,
+    )  # fmt: skip
 
 
 def extrapolate(
+    start: Start,
     anchor: Tensor | None,
     history: Sequence[Tensor],
     scales: Sequence[Tensor],
@@ -188,16 +183,17 @@ def extrapolate(
 ) -> tuple[Tensor, Tensor] | None:
     """Launch the kernel: the value, and its modulated norm (the value again without ``modulation``).
 
-    Arguments are those of the operations, checked; ``modulation`` is factor, shift, eps and whether the value is
-    wanted. None where the kernel cannot do it: more than ``MAX_HISTORY`` tensors, operands whose layouts do not agree
-    in three dimensions, or a row too long to be normalised.
+    ``start`` makes results and starts kernels. The other arguments are those of the operations, checked;
+    ``modulation`` is factor, shift, eps and whether the value is wanted. None where the kernel cannot do it: more than
+    ``MAX_HISTORY`` tensors, operands whose layouts do not agree in three dimensions, or a row too long to be
+    normalised.
     """
     values = laid_out_alike(history)
     newest = values[0]
     factor, shift, eps, keep = modulation or (newest, newest, 0.0, True)
-    out = torch.empty_like(newest, dtype=dtype or newest.dtype)
-    modulated = torch.empty_like(out) if modulation is not None and keep else out
-    value = out if keep else out.new_empty(0)
+    out = start.empty(like=newest, dtype=dtype or newest.dtype)
+    modulated = start.empty(like=out) if modulation is not None and keep else out
+    value = out if keep else start.empty(0, dtype=out.dtype, device=out.device)
     if not out.numel():
         return value, modulated
     if len(values) > MAX_HISTORY or (modulation is not None and out.shape[-1] > LONGEST_ROW):
@@ -206,7 +202,7 @@ def extrapolate(
     table = weights.ndim > 1
     if not (scales or table or modulation) and gate is None and weights.is_contiguous():
         if lie_alike([out, *values, *(() if anchor is None else (anchor,))]):
-            _launch_dense(out, anchor, values, weights)
+            _launch_dense(start, out, anchor, values, weights)
             return out, out
     scaled = laid_out_alike(scales) if scales else [newest]
     # an operand that is absent stands in as the newest value: never read, and no obstacle to merging dimensions
@@ -223,14 +219,14 @@ def extrapolate(
     s_out, s_anchor, s_history, s_scale, s_weight, s_gate, s_factor, s_shift = strides
     padded = (values + [newest] * MAX_HISTORY)[:MAX_HISTORY]
     padded_scales = (scaled + [scaled[0]] * MAX_HISTORY)[:MAX_HISTORY]
-    with _current(out):
-        wrap_triton(extrapolate_kernel)[(count,)](
-            out, modulated, operands[1], *padded, *padded_scales, weights, operands[5], factor, shift,
-            outer * middle, middle, columns,
-            *s_out, *s_anchor, *s_history, *s_scale, weights.stride(0), *s_weight, *s_gate, *s_factor, *s_shift, eps,
-            K=len(values), HAS_ANCHOR=anchor is not None, HAS_GATE=gate is not None, SCALED=bool(scales),
-            TABLE=table, MODULATE=modulation is not None, KEEP=keep,
-            WIDE=tl.float64 if out.dtype == torch.float64 else tl.float32,
-            ROWS=block_rows, COLUMNS=block_columns,
-        )  # fmt: skip
+    start(
+        extrapolate_kernel, (count,),
+        out, modulated, operands[1], *padded, *padded_scales, weights, operands[5], factor, shift,
+        outer * middle, middle, columns,
+        *s_out, *s_anchor, *s_history, *s_scale, weights.stride(0), *s_weight, *s_gate, *s_factor, *s_shift, eps,
+        K=len(values), HAS_ANCHOR=anchor is not None, HAS_GATE=gate is not None, SCALED=bool(scales),
+        TABLE=table, MODULATE=modulation is not None, KEEP=keep,
+        WIDE=tl.float64 if out.dtype == torch.float64 else tl.float32,
+        ROWS=block_rows, COLUMNS=block_columns,
+    )  # fmt: skip
     return value, modulated

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
+
+from diffcache.kernels.starting import Start
 
 LONGEST_ROW = 16384  # elements
 
@@ -36,19 +35,21 @@ def quantize_kernel(  # type: ignore[no-untyped-def]  # Triton's values have no 
     tl.store(p_scale + row, scale)
 
 
-def quantize(value: Tensor, anchor: Tensor | None, dtype: torch.dtype, largest: float) -> tuple[Tensor, Tensor] | None:
+def quantize(
+    start: Start, value: Tensor, anchor: Tensor | None, dtype: torch.dtype, largest: float
+) -> tuple[Tensor, Tensor] | None:
     """Launch the kernel on checked arguments; None for rows that are too long for one program."""
     columns = value.shape[-1]
     if columns > LONGEST_ROW:
         return None
     value = value.contiguous()
-    out = torch.empty_like(value, dtype=dtype)
-    scale = torch.empty((*value.shape[:-1], 1), dtype=torch.float32, device=value.device)
+    out = start.empty(like=value, dtype=dtype)
+    scale = start.empty(*value.shape[:-1], 1, dtype=torch.float32, device=value.device)
     if value.numel():
-        with torch.cuda.device(value.device) if value.is_cuda else contextlib.nullcontext():
-            wrap_triton(quantize_kernel)[(value.numel() // columns,)](
-                value, value if anchor is None else anchor.contiguous(), out, scale, columns,
-                LARGEST=largest, HAS_ANCHOR=anchor is not None, ROUND=not dtype.is_floating_point,
-                COLUMNS=triton.next_power_of_2(columns),
-            )  # fmt: skip
+        start(
+            quantize_kernel, (value.numel() // columns,),
+            value, value if anchor is None else anchor.contiguous(), out, scale, columns,
+            LARGEST=largest, HAS_ANCHOR=anchor is not None, ROUND=not dtype.is_floating_point,
+            COLUMNS=triton.next_power_of_2(columns),
+        )  # fmt: skip
     return out, scale

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
+
+from diffcache.kernels.starting import Start
 
 BLOCK = 4096
 MAX_PARTS = 1024  # of one sample; the second kernel adds them up in one program
@@ -50,20 +49,16 @@ def ratio_kernel(p_partial, p_out, parts, SQUARED: tl.constexpr, PARTS: tl.const
     tl.store(p_out + sample, (tl.sqrt(ratio) if SQUARED else ratio).to(p_out.dtype.element_ty))
 
 
-def relative_change(new: Tensor, old: Tensor, norm: int) -> Tensor:
+def relative_change(start: Start, new: Tensor, old: Tensor, norm: int) -> Tensor:
     """Launch the kernels on checked arguments: float32 ``[samples]``."""
     samples, numel = new.shape[0], new[0].numel()
     new, old = new.contiguous(), old.contiguous()
     blocks = triton.cdiv(numel, BLOCK)
     parts = min(blocks, MAX_PARTS)
     wide, accumulator = (tl.float64, torch.float64) if new.dtype == torch.float64 else (tl.float32, torch.float32)
-    partial = torch.empty((samples, parts, 2), dtype=accumulator, device=new.device)
-    out = torch.empty(samples, dtype=torch.float32, device=new.device)
-    with torch.cuda.device(out.device) if out.is_cuda else contextlib.nullcontext():
-        wrap_triton(partial_kernel)[(samples, parts)](
-            new, old, partial, numel, parts, SQUARED=norm == 2, WIDE=wide, BLOCK=BLOCK
-        )
-        wrap_triton(ratio_kernel)[(samples,)](
-            partial, out, parts, SQUARED=norm == 2, PARTS=triton.next_power_of_2(parts)
-        )
+    partial = start.empty(samples, parts, 2, dtype=accumulator, device=new.device)
+    out = start.empty(samples, dtype=torch.float32, device=new.device)
+    squared = norm == 2
+    start(partial_kernel, (samples, parts), new, old, partial, numel, parts, SQUARED=squared, WIDE=wide, BLOCK=BLOCK)
+    start(ratio_kernel, (samples,), partial, out, parts, SQUARED=squared, PARTS=triton.next_power_of_2(parts))
     return out

@@ -14,6 +14,7 @@ from diffcache import ops  # noqa: E402 (only where the kernels can run)
 from diffcache.kernels import relative_change as change  # noqa: E402
 from diffcache.kernels.extrapolate import BLOCK, MAX_HISTORY, extrapolate  # noqa: E402
 from diffcache.kernels.quantize import quantize  # noqa: E402
+from diffcache.kernels.starting import Start  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark: list[pytest.MarkDecorator] = [] if INTERPRETED else [pytest.mark.gpu]
@@ -44,7 +45,7 @@ def difference_form(count: int) -> torch.Tensor:
 
 def compare(anchor: torch.Tensor | None, history: list[torch.Tensor], weights=None, gate=None, modulation=None) -> None:
     weights = difference_form(len(history)) if weights is None else weights
-    done = extrapolate(anchor, history, (), weights, gate, None, modulation and (*modulation, True))
+    done = extrapolate(Start(), anchor, history, (), weights, gate, None, modulation and (*modulation, True))
     assert done is not None
     expected = ops.extrapolate_reference(anchor, history, weights, gate)
     tolerance = TOLERANCE[expected.dtype]
@@ -55,7 +56,7 @@ def compare(anchor: torch.Tensor | None, history: list[torch.Tensor], weights=No
     if modulation is not None:
         _, modulated = ops.extrapolate_modulate_reference(anchor, history, weights, *modulation, gate)
         torch.testing.assert_close(done[1], modulated, rtol=2 * tolerance, atol=4 * tolerance * largest)
-        nothing, alone = extrapolate(anchor, history, (), weights, gate, None, (*modulation, False))
+        nothing, alone = extrapolate(Start(), anchor, history, (), weights, gate, None, (*modulation, False))
         assert torch.equal(alone, done[1])
         assert nothing.numel() == 0
 
@@ -92,7 +93,10 @@ def test_layouts(kind: str) -> None:
 def test_layouts_that_do_not_fit_three_loops_are_left_to_the_reference() -> None:
     (value,) = values(3, 4, 5, 6)
     assert (
-        extrapolate(value.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0), [value], (), difference_form(1)) is None
+        extrapolate(
+            Start(), value.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0), [value], (), difference_form(1)
+        )
+        is None
     )
 
 
@@ -125,7 +129,7 @@ def test_modulated_norm(shape: tuple[int, ...], gated: bool, dtype: torch.dtype)
 def test_still_history_is_reproduced_bitwise(dtype: torch.dtype) -> None:
     value = (torch.randn(777, device=DEVICE) * 50).to(dtype)
     form = torch.tensor(ops.difference_form([3.1, -2.9, 0.8]), device=DEVICE)
-    assert torch.equal(extrapolate(None, [value, value.clone(), value.clone()], (), form)[0], value)
+    assert torch.equal(extrapolate(Start(), None, [value, value.clone(), value.clone()], (), form)[0], value)
 
 
 @pytest.mark.parametrize("small", ops.SMALL, ids=str)
@@ -133,7 +137,9 @@ def test_still_history_is_reproduced_bitwise(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("anchored", [False, True])
 def test_small_history(anchored: bool, dtype: torch.dtype, small: torch.dtype) -> None:
     anchor, first, second = values(3, 7, 61, count=3, dtype=dtype)
-    pairs = [quantize(value, anchor if anchored else None, small, ops.SMALL[small]) for value in (first, second)]
+    pairs = [
+        quantize(Start(), value, anchor if anchored else None, small, ops.SMALL[small]) for value in (first, second)
+    ]
     for value, (kept, scale) in zip((first, second), pairs, strict=True):
         expected, expected_scale = ops.quantize_reference(value, anchor if anchored else None, small)
         # the interpreter cuts what hardware rounds to bfloat16, and loses the carry of 1.97 to 2.00 in float8
@@ -142,14 +148,14 @@ def test_small_history(anchored: bool, dtype: torch.dtype, small: torch.dtype) -
         differs = (kept.float() - expected.float()).abs() > (1 if rough and small == torch.int8 else 0)
         assert differs.float().mean() < (0.3 if rough else 0.05)
     history, scales = zip(*pairs, strict=True)
-    done = extrapolate(anchor, history, scales, difference_form(2), None, dtype)
+    done = extrapolate(Start(), anchor, history, scales, difference_form(2), None, dtype)
     expected = ops.extrapolate_reference(anchor, [*history, *scales], difference_form(2), None, dtype)
     assert done is not None
     torch.testing.assert_close(done[0], expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 def test_rows_of_zeros_can_be_quantized() -> None:
-    kept, scale = quantize(torch.zeros(2, 5, device=DEVICE), None, torch.int8, 127.0)
+    kept, scale = quantize(Start(), torch.zeros(2, 5, device=DEVICE), None, torch.int8, 127.0)
     assert not kept.any()
     assert torch.equal(scale, torch.ones(2, 1, device=DEVICE))
 
@@ -159,12 +165,12 @@ def test_rows_of_zeros_can_be_quantized() -> None:
 @pytest.mark.parametrize("shape", [(1,), (3, 1), (2, 7, 61), (1, change.BLOCK * 3 + 5)], ids=str)
 def test_relative_change(shape: tuple[int, ...], norm: int, dtype: torch.dtype) -> None:
     new, old = values(*shape, count=2, dtype=dtype)
-    result = change.relative_change(new, old, norm)
+    result = change.relative_change(Start(), new, old, norm)
     torch.testing.assert_close(result, ops.relative_change_reference(new, old, norm), rtol=1e-4, atol=1e-5)
 
 
 def test_relative_change_of_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(change, "MAX_PARTS", 3)  # so that one program takes several blocks
     new, old = values(2, 10 * change.BLOCK + 77, count=2)
-    result = change.relative_change(new.t().contiguous().t(), old, 1)
+    result = change.relative_change(Start(), new.t().contiguous().t(), old, 1)
     torch.testing.assert_close(result, ops.relative_change_reference(new, old, 1), rtol=1e-4, atol=1e-5)

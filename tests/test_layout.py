@@ -20,6 +20,7 @@ LAYERS = [
     {"gram", "published_tables", "published_coefficients"},
     {
         "ops",
+        "direct",
         "token_rows",
         "token_scores",
         "predictors",

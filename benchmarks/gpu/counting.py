@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from diffcache.lower import lower
 from diffcache.ops import extrapolate
 from diffcache.runtime import CachedDenoiser
 
@@ -66,10 +67,12 @@ def hand_through(denoiser: CachedDenoiser, step: int) -> int:
     assert denoiser.options.backend == "eager", "a compiled program cannot be edited"
     forecasts = 0
     for programs in [programs for programs in denoiser._programs.values() if programs.sites]:
-        module = programs.program(denoiser.schedule, step).module
+        program = programs.program(denoiser.schedule, step)
+        module = program.module
         for node in [node for node in module.graph.nodes if node.target is extrapolate]:
             node.replace_all_uses_with(node.args[1][0])
             module.graph.erase_node(node)
             forecasts += 1
         module.recompile()
+        program.run = lower(module)
     return forecasts

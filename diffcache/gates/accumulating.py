@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffcache.direct import direct
 from diffcache.gates.base import Decision, Gate, Moment, Numbers, gate
 from diffcache.ops import relative_change
 
@@ -178,7 +179,7 @@ class InputError(Accumulating):
         if len(self._computed) > 1:
             before, older = self._computed[1]
             expected = newest + (newest - older) * ((moment.step - step) / (step - before))
-        return relative_change(expected.to(new.dtype), new)
+        return direct(relative_change)(expected.to(new.dtype), new)
 
     def done(self, moment: Moment, computed: bool) -> None:
         super().done(moment, computed)

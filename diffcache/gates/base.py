@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffcache.direct import direct
 from diffcache.ops import relative_change
 
 Numbers = NDArray[np.float64]
@@ -70,7 +71,7 @@ class Gate:
 
     def measure(self, new: Tensor, old: Tensor, moment: Moment) -> Tensor:
         """Numbers ``[samples]`` or ``[samples, k]`` that say how much the probe has changed."""
-        return relative_change(new, old)
+        return direct(relative_change)(new, old)
 
     def follow(self, moment: Moment, numbers: Numbers) -> Decision:
         """Which samples may be forecast. ``numbers`` is ``[samples, k]``; k is 0 where ``look`` returned None."""
