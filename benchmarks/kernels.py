@@ -9,7 +9,8 @@
 - *modulated norm*: forecast, gated add, layer norm, scale and shift in one launch, over the same in plain torch.
 
 On a GPU what counts is the work of the device, timed as ``benchmarks/timing.py`` says; "wall" is the host's clock over
-many calls back to back. On a CPU "ours" is the reference, eager and through inductor: what most people try first.
+many calls back to back, made as eager programs make them (``diffcache/direct.py``). On a CPU "ours" is the reference,
+eager and through inductor: what most people try first.
 """
 
 import argparse
@@ -25,8 +26,11 @@ from torch import Tensor
 from benchmarks.peers import taylor_peers
 from benchmarks.timing import MB, check, replayed, seconds, turns, wall
 from diffcache import ops, predictors
+from diffcache.direct import direct
 
 WIDTH = 3072  # channels of a FLUX.1 value
+extrapolate, extrapolate_modulate = direct(ops.extrapolate), direct(ops.extrapolate_modulate)
+relative_change = direct(ops.relative_change)
 VARIANTS = tuple(itertools.product((1024, 2048, 4096, 8192), (4, 8)))
 found: dict[str, Any] = {}
 
@@ -64,7 +68,7 @@ def bandwidth(size: int, dtype: torch.dtype, device: str) -> None:
         sets = [
             values(count + 1, size, dtype, device) for _ in range(turns((count + 2) * size) if device == "cuda" else 1)
         ]
-        calls = [lambda s=s, w=weights: ops.extrapolate(s[-1], s[:-1], w) for s in sets]
+        calls = [lambda s=s, w=weights: extrapolate(s[-1], s[:-1], w) for s in sets]
         check("extrapolate", calls[0](), ops.extrapolate_reference(sets[0][-1], sets[0][:-1], weights), 1e-2)
         rate = (count + 2) * size / seconds(calls, device)
         note("bandwidth", mb=size / MB, history=count, gb_per_s=rate / 1e9, copy_gb_per_s=copied / 1e9)
@@ -120,7 +124,7 @@ def against_taylor(size: int, dtype: torch.dtype, device: str) -> None:
         sets = [
             values(order + 1, size, dtype, device) for _ in range(turns((order + 2) * size) if device == "cuda" else 1)
         ]
-        ours = [lambda s=s, w=weights: ops.extrapolate(None, s, w) for s in sets]
+        ours = [lambda s=s, w=weights: extrapolate(None, s, w) for s in sets]
         theirs = [peer(s, steps[: order + 1], at) for s in sets]
         check(f"{name}, order {order}", ours[0](), theirs[0](), 3e-2)
         by_wall = wall(theirs, device) / wall(ours, device)
@@ -142,18 +146,19 @@ def against_taylor(size: int, dtype: torch.dtype, device: str) -> None:
 def host(device: str) -> None:
     """What one call costs the host: tensors so small that the device has nothing to do."""
     history, weights = values(3, 16 * WIDTH * 2, torch.bfloat16, device), torch.ones(3, device=device)
-    times = {"ours": wall([lambda: ops.extrapolate(None, history, weights)], device, count=500)}
+    times = {"ours": wall([lambda: extrapolate(None, history, weights)], device, count=500)}
     times |= {"one add": wall([lambda: history[0] + history[1]], device, count=500)}
     for name, peer in taylor_peers().items():
         times[name] = wall([peer(history, [12, 8, 4], 14)], device, count=500)
+    times["ours through the dispatcher"] = wall([lambda: ops.extrapolate(None, history, weights)], device, 500)
+    times["relative change"] = wall([lambda: relative_change(history[0], history[1])], device, 500)
     if device == "cuda":
-        from torch._library.triton import set_wrap_triton_enabled
-
-        from diffcache.kernels.extrapolate import extrapolate as launcher
-
-        with set_wrap_triton_enabled(False):  # as the operation calls it
-            times["ours without the dispatcher"] = wall([lambda: launcher(None, history, (), weights)], device, 500)
-            times["kernel launch alone"] = wall(dense([[*history, history[0]]], weights, 2048, 4), device, 500)
+        factor, shift, gate_ = torch.randn(3, 1, 1, WIDTH, device=device).to(torch.bfloat16)
+        anchor, *two = history
+        modulation = (factor, shift, 1e-6, gate_, None, False)
+        call = [lambda: extrapolate_modulate(anchor, two, weights[:2], *modulation)]
+        times["modulated norm"] = wall(call, device, 500)
+        times["kernel by Triton's launcher"] = wall(dense([[*history, history[0]]], weights, 2048, 4), device, 500)
     note("host", **{name: 1e6 * time for name, time in times.items()})
     print("  ".join(f"{name} {1e6 * time:.1f} us" for name, time in times.items()), flush=True)
 
@@ -161,7 +166,7 @@ def host(device: str) -> None:
 def gate(size: int, dtype: torch.dtype, device: str) -> None:
     pairs = [values(2, size, dtype, device) for _ in range(turns(2 * size) if device == "cuda" else 1)]
     plain = [lambda p=p: (p[0] - p[1]).abs().mean() / p[1].abs().mean() for p in pairs]
-    ours = [lambda p=p: ops.relative_change(p[0], p[1]) for p in pairs]
+    ours = [lambda p=p: relative_change(p[0], p[1]) for p in pairs]
     check("relative change", ours[0](), plain[0]()[None], 2e-2)
     compared("gate", size, plain, ours, device)
 
@@ -176,7 +181,7 @@ def modulated(size: int, dtype: torch.dtype, device: str) -> None:
         return torch.nn.functional.layer_norm(value, (WIDTH,), eps=1e-6) * factor + shift
 
     def ours(anchor: Tensor, newest: Tensor, older: Tensor) -> Tensor:
-        return ops.extrapolate_modulate(anchor, [newest, older], weights, factor, shift, 1e-6, gate_, None, False)[1]
+        return extrapolate_modulate(anchor, [newest, older], weights, factor, shift, 1e-6, gate_, None, False)[1]
 
     check("modulated norm", ours(*sets[0]), plain(*sets[0]), 2e-2)
     compared("modulated", size, [lambda s=s: plain(*s) for s in sets], [lambda s=s: ours(*s) for s in sets], device)
@@ -194,6 +199,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--sizes", type=int, nargs="*", help="MB of one tensor")
+    parser.add_argument("--no-variants", action="store_true", help="leave out other block sizes")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write all numbers there")
     arguments = parser.parse_args()
@@ -212,6 +218,8 @@ def main() -> None:
         ("forecast, gated add and modulated norm, plain torch / ours", modulated),
         ("extrapolate by block x warps, % of the copy's bandwidth (GPU only)", variants),
     ):
+        if measure is variants and arguments.no_variants:
+            continue
         print(f"\n{title}", flush=True)
         for size in sizes:
             try:

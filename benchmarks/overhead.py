@@ -3,9 +3,12 @@
     python -m benchmarks.overhead
 
 - *no reuse*: a generation of the captured, compiled programs that reuse nothing, beside the same generation of the
-  torch.compile'd denoiser; with hoisting it should take less than 1.
+  torch.compile'd denoiser; with hoisting it should take less than 1. The two run in lockstep, one step of each at a
+  time, so that whatever else the machine does falls on both.
 - *cached step*: a step whose blocks after the first are forecast, beside a denoiser that has the first block only, and
   is compiled as well: the same work without a cache.
+
+On a CPU the time is that of this process on all its cores, on a GPU the host's clock around a synchronisation.
 - *operations*: what a cached step of a FLUX-deep transformer (19 + 38 blocks) runs beyond what its head needs.
 """
 
@@ -75,27 +78,37 @@ def sampler(
     return sample
 
 
+def timed(run: Callable[[], Any], device: str) -> float:
+    """Seconds: of this process on a CPU, whatever else runs there; by the clock on a GPU."""
+    if device != "cuda":
+        start = time.process_time()
+        run()
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def in_turn(first: Callable[[], Any], second: Callable[[], Any], number: int, device: str) -> tuple[float, float]:
+    """Both times; who goes first alternates with ``number``."""
+    if number % 2:
+        later = timed(second, device)
+        return timed(first, device), later
+    return timed(first, device), timed(second, device)
+
+
 def paired(first: Callable[[], Any], second: Callable[[], Any], pairs: int, device: str) -> tuple[float, float, float]:
     """Median of first / second over interleaved pairs, and the quartiles."""
-
-    def timed(run: Callable[[], Any]) -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
     for run in (first, second, first, second):
         run()
-    ratios = []
-    for number in range(pairs):  # who goes first alternates
-        if number % 2:
-            b, a = timed(second), timed(first)
-        else:
-            a, b = timed(first), timed(second)
-        ratios.append(a / b)
+    times = [in_turn(first, second, number, device) for number in range(pairs)]
+    return quartiles([a / b for a, b in times])
+
+
+def quartiles(ratios: list[float]) -> tuple[float, float, float]:
+    """The median, then the lower and the upper quartile."""
     low, middle, high = statistics.quantiles(ratios, n=4)
     return middle, low, high
 
@@ -108,7 +121,17 @@ def no_reuse(dim: int, tokens: int, pairs: int, device: str, hoist: bool) -> tup
     plain = torch.compile(model, fullgraph=True, dynamic=False)
     expected = sample(plain, 3)
     assert torch.allclose(sample(exact, 3), expected, atol=1e-3 * expected.abs().max().item()), "results differ"
-    return paired(lambda: sample(exact, 3), lambda: sample(plain, 3), pairs, device)
+    times: list[tuple[float, float]] = []
+
+    def lockstep(**step: Any) -> Any:
+        results: list[Any] = []
+        times.append(in_turn(lambda: exact(**step), lambda: results.append(plain(**step)), len(times), device))
+        return results[0]
+
+    for _ in range(pairs + 1):
+        sample(lockstep, 3)
+    generations = [times[n : n + STEPS] for n in range(STEPS, len(times), STEPS)]  # the first warms up
+    return quartiles([sum(a for a, _ in g) / sum(b for _, b in g) for g in generations])
 
 
 def cached_step(dim: int, tokens: int, pairs: int, device: str) -> tuple[float, float, float]:
@@ -132,30 +155,11 @@ def cached_step(dim: int, tokens: int, pairs: int, device: str) -> tuple[float, 
     ratios = []
     for _ in range(pairs):
         begin()
-        middle, _, _ = paired_steps(lambda s: call(fast, s), lambda s: call(alone, s), range(2, STEPS - 1), device)
+        for step in range(2, STEPS - 1):  # each can be run once
+            ours, theirs = in_turn(lambda s=step: call(fast, s), lambda s=step: call(alone, s), step, device)
+            ratios.append(ours / theirs)
         call(fast, STEPS - 1)
-        ratios.append(middle)
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return middle, low, high
-
-
-def paired_steps(
-    first: Callable[[int], Any], second: Callable[[int], Any], steps: range, device: str
-) -> tuple[float, float, float]:
-    """As ``paired``, over the steps of one generation, each of which can be run once."""
-    ratios = []
-    for step in steps:
-        start = time.perf_counter()
-        first(step)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        between = time.perf_counter()
-        second(step)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        ratios.append((between - start) / (time.perf_counter() - between))
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return middle, low, high
+    return quartiles(ratios)
 
 
 def operations(gated: bool, device: str, depth: tuple[int, int] = (19, 38)) -> tuple[int, int, int]:

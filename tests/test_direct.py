@@ -17,6 +17,7 @@ from tests.test_ops import variants
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 kernels_run = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="needs a GPU, or TRITON_INTERPRET=1")
 
 
