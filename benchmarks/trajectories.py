@@ -57,8 +57,7 @@ def measure(name: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
 
 def short(site: str) -> str:
     """ "block:up_blocks.2.attentions.1" as "block up 2 attentions 1", so that names fit beside their rows."""
-    ends = [end.replace("_blocks.", " ").replace(":", " ").replace(".", " ") for end in site.split("..")]
-    return " .. ".join(end.replace("transformer 0", "").strip() if "attentions" in end else end for end in ends)
+    return " .. ".join(end.replace("_blocks.", " ").replace(":", " ").replace(".", " ") for end in site.split(".."))
 
 
 def draw(axes: Any, name: str, changes: dict[str, np.ndarray], sensitivity: dict[str, np.ndarray]) -> Any:
@@ -95,11 +94,11 @@ def main() -> None:
     )
     for row, name in zip(axes, options.models, strict=True):
         shown = draw(row, name, *measure(name))
-    bar = figure.colorbar(shown, ax=axes[:, 0].tolist(), location="bottom", shrink=0.6, aspect=50, extend="max")
+    bar = figure.colorbar(shown, ax=axes[-1, 0], location="bottom", aspect=50, extend="max")
     bar.set_label("relative L2 change (0: the same value as at the step before)", fontsize=7)
     bar.ax.tick_params(labelsize=7)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.out, dpi=100)
+    figure.savefig(options.out, dpi=96)
     print(f"wrote {options.out}")
 
 
