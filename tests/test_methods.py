@@ -175,7 +175,7 @@ def test_a_threshold_without_bound_computes_only_what_is_forced() -> None:
 
 # what methods.md gives for ten steps: computed steps of static recipes at these settings
 COMPUTED = {
-    ("fora", "interval=3"): (0, 1, 4, 7),
+    ("fora", "interval=3"): (0, 3, 6, 9),
     ("taylorseer", "interval=5, warm_up=3"): (0, 1, 2, 7),
     ("hicache", "interval=6, warm_up=3"): (0, 1, 2, 8),
     ("ab_cache", "interval=6, warm_up=2"): (0, 1, 7),

@@ -97,7 +97,7 @@ def duca(interval: int = 5, share: float = 0.1, attention: bool = False) -> Reci
     Tokens whose values in the block's attention are small come first: they draw much attention, and fused kernels can
     be used. Self-attention is reused at both kinds of steps, or with ``attention`` runs on such tokens too.
     """
-    computed = at("every", interval=interval, offset=-1)
+    computed = at("every", interval=interval, warm_up=1, offset=-1)
 
     def tokens() -> Tokens:
         return Tokens(share, "attended_norm", when=every_second, beside=attention_beside)
@@ -141,7 +141,7 @@ def procache_tokens(interval: int = 4, share: float = 0.3, deepest: float = 0.25
 
     ``deepest`` is the share of the layers that do. Steps in between are regular here; ``procache`` samples them.
     """
-    computed = at("every", interval=interval, offset=-1)
+    computed = at("every", interval=interval, warm_up=1, offset=-1)
 
     def is_deep(site: SiteChoice) -> bool:
         return site.depth >= site.blocks - max(1, round(deepest * site.blocks))
