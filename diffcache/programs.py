@@ -123,7 +123,8 @@ class Programs:
         self.options, self.title = options, title
         self._flops = flops or {}
         self.regions = TokenRegions(variant.graph_module, self.sites, self._flops)
-        hoisting = {"hoist_step_invariant": {"invariant": frozenset(invariant)}}
+        named = frozenset(name for site in (*sites, *probes) for name in (*site.values, *site.anchors) if name)
+        hoisting = {"hoist_step_invariant": {"invariant": frozenset(invariant), "named": named}}
         self.reports: list[PassReport]
         self.body, self.reports = run_passes(
             variant.graph_module, PREPARE, hoisting, title=f"{title}-prepare", disable=options.disable_passes
