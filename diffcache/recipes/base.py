@@ -142,16 +142,24 @@ def first_step(plan: Plan, site: SiteChoice) -> Collection[int]:
 class Part:
     """Some sites, the steps at which they are computed in any case, and what happens at the others.
 
-    Without a gate all others are forecast; with one, those that it lets pass.
+    Without a gate all others are forecast; with one, those that it lets pass. ``check`` picks the site that a gate
+    compares which checks forecasts ("verify"): it is computed on the forecast of the part's sites.
     """
 
     sites: Pick
     when: When = first_step
     gate: Gating | None = None
     predictor: Predict = Predict()
+    check: Pick | None = None
 
     def rows(self, plan: Plan, title: str) -> list[Row]:
-        return [self._row(plan, site, title) for site in self.sites(plan)]
+        if self.check is None:
+            return [self._row(plan, site, title) for site in self.sites(plan)]
+        (checked,), spec = self.check(plan), self.gate
+        if not isinstance(spec, GateSpec):
+            raise ValueError(f"{title} checks '{checked.name}', but by no gate; give the part GateSpec('verify', ...)")
+        part = replace(self, gate=replace(spec, options={**spec.options, "probe": checked.name}))
+        return [part._row(plan, site, title) for site in (*self.sites(plan), checked)]
 
     def _row(self, plan: Plan, site: SiteChoice, title: str) -> Row:
         computed = sorted(set(self.when(plan, site)))
