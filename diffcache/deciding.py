@@ -9,7 +9,19 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from diffcache.cells import COMPUTE, SKIP, Action, Cell, Forecast, Forecasting, Given, Online, character
+from diffcache.cells import (
+    COMPUTE,
+    SKIP,
+    Action,
+    Cell,
+    Forecast,
+    Forecasting,
+    Given,
+    Online,
+    Partial,
+    Selected,
+    character,
+)
 from diffcache.forecasting import check_rules, forecast
 from diffcache.gates import Gate, Moment, make_gate
 from diffcache.gates.base import Numbers
@@ -18,6 +30,8 @@ from diffcache.predictors import FROM_VALUES
 from diffcache.probe_history import ProbeHistory
 from diffcache.programs import History
 from diffcache.schedule import Schedule
+from diffcache.token_choice import TokenChoice
+from diffcache.token_programs import TokenRegions
 
 BEFORE = ("", "latent")  # probes that are known before anything runs
 
@@ -36,6 +50,7 @@ class Deciding:
         self.made: list[list[int]] = [[] for _ in schedule.rows]  # computed steps of each row, newest first
         self.checks = {number: row for number, (row, _) in checks_of(schedule).items()}  # gate -> the row it checks
         self.probes = ProbeHistory(schedule)
+        self.tokens = TokenChoice(schedule)
         self.log: list[str] = []
         self.step = 0
         self._follows: dict[int, bool] = {}
@@ -50,6 +65,7 @@ class Deciding:
         self._before = (list(map(copy.copy, self.gates)), dict(self._coming))
         self.step, self._follows, self._fixed, self._checking = step, {}, {}, None
         self.probes.begin(latent.device if isinstance(latent, Tensor) else None)
+        self.tokens.begin(latent)
         for number in self.checks:
             foregone = self.gates[number].foregone(self._moment(number))
             if not all(self._possible(row) for row in self.rows_of[number]):
@@ -61,7 +77,9 @@ class Deciding:
         # it is kept beyond this call, and samplers write into it
         self.show({"latent": latent.detach().clone() if looked_at and isinstance(latent, Tensor) else None})
 
-    def columns(self, column: list[Cell], rows: Sequence[int], history: History) -> Iterator[bool]:
+    def columns(
+        self, column: list[Cell], rows: Sequence[int], history: History, regions: TokenRegions
+    ) -> Iterator[bool]:
         """Settle the cells of a segment's ``rows``, in ``column``; the segment runs each time that this yields.
 
         True comes with a forecast that is to be checked: its probes are then shown, and if it is refused the segment
@@ -81,7 +99,7 @@ class Deciding:
                 self._fixed |= trial  # what is left of the rows in later segments is not computed either
                 return
         for row in rows:
-            column[row] = self._settled(row, history)
+            column[row] = self._settled(row, history, regions)
         yield False
 
     def show(self, probes: Mapping[str, Any]) -> None:
@@ -125,7 +143,7 @@ class Deciding:
     def finish(self, column: Sequence[Cell], seen: dict[int, list[Tensor]]) -> None:
         """The step ran with this column; ``seen`` is what the gates watch, by gate."""
         for row, cell in enumerate(column):
-            if cell is COMPUTE:
+            if cell is COMPUTE or isinstance(cell, Selected):
                 self.made[row].insert(0, self.step)
         for number, gate in enumerate(self.gates):
             computed = not any(
@@ -139,6 +157,7 @@ class Deciding:
             if computed:
                 self._last[number] = self.step
         self.probes.finish(self.step, column, self.made)
+        self.tokens.finish(self.step, column)
         self.log.append("".join(map(character, column)))
         self._before = None
 
@@ -148,14 +167,18 @@ class Deciding:
 
     def _possible(self, row: int) -> bool:
         cell = self.schedule.rows[row].cells[self.step]
+        if isinstance(cell, Partial):
+            return self.tokens.possible(row, cell, self.made)
         return not isinstance(cell, Action) and (isinstance(cell, Forecast) or bool(self.made[row]))
 
-    def _settled(self, row: int, history: History) -> Cell:
+    def _settled(self, row: int, history: History, regions: TokenRegions) -> Cell:
         cell, gate = self.schedule.rows[row].cells[self.step], self.gate_of[row]
         if row in self._fixed or isinstance(cell, Action):
             return self._fixed.get(row, cell)
         if not self._possible(row) or (gate is not None and not self._follows[gate]):
             return COMPUTE
+        if isinstance(cell, Partial):
+            return self.tokens.select(row, cell, self.made, self.step, history, regions)
         return self._as_forecast(row, history)
 
     def _as_forecast(self, row: int, history: History) -> Forecast | Given:
@@ -205,6 +228,8 @@ def checks_of(schedule: Schedule) -> dict[int, tuple[int, list[int]]]:
             )
         if any(isinstance(cell, Online | Forecast) and cell.view for cell in schedule.rows[check].cells):
             raise ValueError(f"'{gate.probe}' is compared as a whole by gate '{spec.name}': forecast it without a view")
+        if any(isinstance(cell, Partial) for row in schedule.rows if row.gate == spec for cell in row.cells):
+            raise ValueError(f"gate '{spec.name}' checks forecasts of whole values: select tokens without it")
         found[number] = (check, list(rows.values()))
     return found
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffcache import predictors
-from diffcache.cells import COMPUTE, Cell, Forecast, Given, Online
+from diffcache.cells import COMPUTE, Cell, Forecast, Given, Online, Selected
 from diffcache.forecasting import times
 from diffcache.memory import in_full
 from diffcache.ops import difference_form, extrapolate
@@ -43,7 +43,7 @@ class ProbeHistory:
     def finish(self, step: int, column: Sequence[Cell], made: Sequence[Sequence[int]]) -> None:
         """The step ran: keep its probes where a row was computed, forget those that no forecast reads any more."""
         for name, rows in self.rows.items():
-            if any(column[row] is COMPUTE for row in rows) and name in self._now:
+            if any(column[row] is COMPUTE or isinstance(column[row], Selected) for row in rows) and name in self._now:
                 self.kept[name][step] = self._now[name]
             waiting = [row for row in rows if self.schedule.rows[row].last_online > step]
             wanted = {at for row in waiting for at in made[row][: self.schedule.rows[row].keeps]}

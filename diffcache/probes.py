@@ -23,7 +23,6 @@ from torch import fx
 
 from diffcache.anatomy import Anatomy
 from diffcache.attention_kinds import attention_operands
-from diffcache.axes import OTHER, names_in
 from diffcache.blocks import Block, call_names, child_candidates, varying
 from diffcache.cuts import output_candidates
 from diffcache.flow import Candidate, target_name
@@ -129,8 +128,13 @@ def _meeting(anatomy: Anatomy, clock: str | None) -> fx.Node | None:
 
 def _streams_into(anatomy: Anatomy, block: Block) -> list[fx.Node]:
     """The inputs of a block that hang on the latent."""
-    flow = anatomy.flow
-    return [n for n in varying(flow, block.inputs) if n in flow.from_latent and flow.readable(n)]
+    return _streams(anatomy, varying(anatomy.flow, block.inputs))
+
+
+def _streams(anatomy: Anatomy, nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """Those that hang on the latent; the stream that it began comes first, as a gate looks at the first value."""
+    found = [n for n in nodes if n in anatomy.flow.from_latent and anatomy.flow.readable(n)]
+    return sorted(found, key=anatomy.foreign)
 
 
 def _query_input(anatomy: Anatomy, call: int) -> fx.Node | None:
@@ -143,13 +147,8 @@ def _query_input(anatomy: Anatomy, call: int) -> fx.Node | None:
     for query, _, _ in operands:
         found = [node for node in _projected(anatomy, query, call) if flow.readable(node)]
         if found:
-            return min(found, key=lambda node: (_is_foreign(anatomy, node), flow.index[node]))
+            return min(found, key=lambda node: (anatomy.foreign(node), flow.index[node]))
     return None
-
-
-def _is_foreign(anatomy: Anatomy, node: fx.Node) -> bool:
-    """Whether a value holds tokens that the latent did not begin, as far as that is known."""
-    return OTHER in names_in(anatomy.axes.get(node, ())) or not anatomy.flow.carries_latent(node)
 
 
 def _projected(anatomy: Anatomy, query: fx.Node, call: int) -> list[fx.Node]:
@@ -192,5 +191,5 @@ def _of_blocks(anatomy: Anatomy) -> Iterable[Candidate]:
 def _of_children(anatomy: Anatomy) -> Iterable[Candidate]:
     flow, names = anatomy.flow, call_names(anatomy.flow)
     for child in child_candidates(flow, anatomy.blocks):
-        given = [n for n in flow.call_inputs(child.call) if n in flow.from_latent and flow.readable(n)]
+        given = _streams(anatomy, flow.call_inputs(child.call))
         yield _probe(f"input:{names[child.call]}", given, child.path, child.call)

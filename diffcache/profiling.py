@@ -31,6 +31,7 @@ from diffcache.report import relative_error
 from diffcache.runtime import CachedDenoiser
 from diffcache.schedule import COMPUTE, Forecast, Row, Schedule
 from diffcache.sites import Site
+from diffcache.token_programs import TokenRegions
 from diffcache.tracing.captured import Captured
 from diffcache.tracing.errors import GuardFailed
 from diffcache.tracing.session import Bound
@@ -71,6 +72,10 @@ class Calibration:
         looks = [self.finder.first(name) for row in schedule.rows for name in row.probes]
         first = [replace(probe, values=probe.values[:1]) for probe in looks]
         sizes |= {probe_entry(name): size for name, size in entry_bytes(self.graph, first).items()}
+        if schedule.is_online:
+            sizes |= TokenRegions(self.captured.variants[0].graph_module, sites, self.finder.flops_by_node()).sizes(
+                schedule
+            )
         return plan_memory(schedule, sizes, streams=self.pattern.streams, offload=options.offload_history)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from diffcache.call_pattern import CallPattern
-from diffcache.cells import Given
+from diffcache.cells import Given, Selected
 from diffcache.graphs import count_ops
 from diffcache.lower import lower
 from diffcache.memory import Kept, MemoryPlan, entry_bytes, plan_memory, probe_entry, spec_bytes
@@ -21,6 +21,7 @@ from diffcache.progress import waiting
 from diffcache.schedule import COMPUTE, SKIP, Cell, Schedule
 from diffcache.segments import Cuts, before_check, in_order, segment_numbers
 from diffcache.sites import Site
+from diffcache.token_programs import NEWEST, TokenRegions, part_flops, without_tokens
 from diffcache.tracing import tree
 from diffcache.tracing.session import Bound
 from diffcache.tracing.variant import Variant
@@ -107,6 +108,12 @@ class Program:
         """One tensor that a forecast is made from, or the weights of one value of a site."""
         row, value, *age = place
         cell = cells[row]
+        if isinstance(cell, Selected):
+            if not age:
+                return (cell.tokens if kind == "tokens" else cell.clusters)[value]
+            kept = history[row, value, NEWEST if value >= len(cell.counts) else cell.forecast.steps[age[0]]]
+            assert isinstance(kept, torch.Tensor)
+            return kept
         if isinstance(cell, Given):
             tensors, table = cell.made[value]
             return tensors[age[0]] if age else table
@@ -138,6 +145,7 @@ class Programs:
         self.variant, self.sites, self.probes = variant, tuple(sites), tuple(probes)
         self.options, self.title = options, title
         self._flops = flops or {}
+        self.regions = TokenRegions(variant.graph_module, self.sites, self._flops)
         hoisting = {"hoist_step_invariant": {"invariant": frozenset(invariant)}}
         self.reports: list[PassReport]
         self.body, self.reports = run_passes(
@@ -166,13 +174,14 @@ class Programs:
         cells = blank(schedule.column(step) if column is None else column, rows)
         structure = schedule.structure(step, cells)
         writes = structure.writes & {schedule.rows[row].site for row in rows}
-        key = (segment, structure.kinds, structure.reads, writes, structure.views)
+        key = (segment, structure.kinds, structure.reads, writes, structure.views, structure.tokens)
         found = self._programs.get(key)
         if found is None:
             live = [row for row, site in enumerate(schedule.rows) if site.site in writes]
             part = f"segment{segment}-" if self.cuts else ""
             title = f"{self.title}-{part}column{len(self._programs):02d}"
-            found = self._specialise(cells, live, title, self.cuts, segment)
+            keeping = [n for n, row in enumerate(schedule.rows) if schedule.keeps_tokens(row, step)]
+            found = self._specialise(cells, live, title, self.cuts, segment, keeping)
             self._programs[key] = found
         return found
 
@@ -202,6 +211,10 @@ class Programs:
                     "other probes and before it; check the block that reads what is forecast"
                 )
 
+    def kept_as(self, row: int, value: int, step: int) -> tuple[int, int, int]:
+        """Where in history a written value stands; of keys and values only the newest are kept."""
+        return row, value, step if value < len(self.sites[row].values) else NEWEST
+
     def _rows(self) -> list[list[int]]:
         """For each segment the rows with a value in it."""
         if not self.cuts:
@@ -228,18 +241,26 @@ class Programs:
         return found
 
     def _specialise(
-        self, cells: Sequence[Cell], live: Sequence[int], title: str, cuts: Cuts = (), segment: int = 0
+        self,
+        cells: Sequence[Cell],
+        live: Sequence[int],
+        title: str,
+        cuts: Cuts = (),
+        segment: int = 0,
+        keeping: Collection[int] = (),
     ) -> Program:
         sites = self.sites if cells else ()
+        first = {row: len(site.values) for row, site in enumerate(sites) if row not in keeping}
         options: dict[str, dict[str, Any]] = {
             "take_segment": {"cuts": cuts, "number": segment, "sites": sites},
-            "apply_schedule": {"sites": sites, "cells": cells, "small": self.options.small},
-            "drop_dead_writes": {"live": live},
+            "apply_schedule": {"sites": sites, "cells": without_tokens(cells), "small": self.options.small},
+            "subset_tokens": {"token_rows": self.regions.token_rows(cells, keeping)},
+            "drop_dead_writes": {"live": live, "first": first},
         }
         module, reports = run_passes(self.body, SPECIALISE, options, title=title, disable=self.options.disable_passes)
         self.reports += reports
-        names = [node.meta.get("captured_as", node.name) for node in module.graph.nodes if node.op != "placeholder"]
-        return Program(module, self.options.backend, title, sum(self._flops.get(name, 0.0) for name in names))
+        nodes = [node for node in module.graph.nodes if node.op != "placeholder"]
+        return Program(module, self.options.backend, title, sum(part_flops(node, self._flops) for node in nodes))
 
     def made(self) -> list[Program]:
         """The programs of columns that were needed so far."""
@@ -262,10 +283,11 @@ class Programs:
         inputs = [node for node in self.body.graph.nodes if node.op == "placeholder"]
         latent = [node for node, path in zip(inputs, self.paths, strict=False) if path == pattern.probe]
         sizes |= {probe_entry("latent"): spec_bytes(node.meta.get("val")) for node in latent}
+        sizes |= self.regions.sizes(schedule)
         return plan_memory(schedule, sizes, streams=pattern.streams, offload=self.options.offload_history)
 
-    def check_order(self, looks: Mapping[str, Collection[str]]) -> None:
-        """Raise ValueError where what is looked at (by site) is not computed before the site."""
+    def check_order(self, schedule: Schedule, looks: Mapping[str, Collection[str]]) -> None:
+        """Raise ValueError where what is looked at (by site) is not computed before the site, or some tokens cannot."""
         cut_of = {probe.name: number for number, cut in enumerate(self.cuts) for probe in cut}
         for row, site in enumerate(self.sites):
             first = min(number for number, rows in enumerate(self.rows) if row in rows)
@@ -275,6 +297,11 @@ class Programs:
                     f"site '{site.name}' is computed no later than {late}, which decide about it; "
                     "look at something that lies before the site"
                 )
+        if self.sites:
+            places: dict[int, set[str]] = {}
+            for node, number in segment_numbers(self.body.graph, self.cuts).items():
+                places.setdefault(number, set()).add(node.meta.get("captured_as", node.name))
+            self.regions.check(schedule, list(places.values()))
 
     def counts(self, schedule: Schedule) -> dict[str, int]:
         """Ops of the capture, hoisted, and left in the cheapest column."""

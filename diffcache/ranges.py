@@ -3,7 +3,8 @@
 Enters: an ``Anatomy`` and a name. Leaves: a candidate, or a ValueError that says what can be asked for instead.
 
 * ``blocks[first:last]``: what blocks ``first`` to ``last - 1`` of the trunk add to the streams that enter them. Counted
-  as Python slices are; both stacks of a joint-attention transformer count on through. ``Fn`` and ``Bn`` of DBCache.
+  as Python slices are; both stacks of a joint-attention transformer count on through. ``Fn`` and ``Bn`` of DBCache. The
+  stream that the latent began comes first, text behind it.
 * ``prefix[b]``: the streams behind block ``b``, as they are: nothing up to it runs (BlockDance).
 * ``deep[b]``: DeepCache's feature at branch ``b``, 0 the shallowest: all that lies deeper than skip ``b`` is dead.
 * ``encoder``: what the deepest layers hand up and every skip: the way down and the middle are dead (FasterDiffusion).
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from torch import fx
 
@@ -91,6 +93,9 @@ def _range(anatomy: Anatomy, name: str, first: int, last: int) -> Candidate:
     values, anchors = _residual(anatomy, first, last)
     if not values or all(anchor is None for anchor in anchors):
         raise ValueError(f"'{name}': {_complaint(anatomy, first, last, values)}")
+    # the stream that the latent began comes first: it is what a gate looks at (FBCache, DBCache)
+    pairs = sorted(zip(values, anchors, strict=True), key=lambda pair: anatomy.foreign(pair[0]))
+    values, anchors = tuple(value for value, _ in pairs), tuple(anchor for _, anchor in pairs)
     return Candidate("range", name, values, anchors, _path(anatomy, first), anatomy.trunk[first].call)
 
 
@@ -152,10 +157,11 @@ def _complaint(anatomy: Anatomy, first: int, last: int, values: Nodes) -> str:
             "last block"
         )
     count = len(anatomy.trunk)
-    ends = [end for end in range(first + 1, count + 1) if end != last and _is_site(anatomy, first, end)]
-    starts = [start for start in range(last) if start != first and _is_site(anatomy, start, last)]
-    nearest = [(first, end) for end in sorted(ends, key=lambda end: abs(end - last))[:2]]
-    nearest += [(start, last) for start in sorted(starts, key=lambda start: abs(start - first))[:2]]
+    others = [(first, end) for end in range(first + 1, count + 1)], [(start, last) for start in range(last)]
+    nearest: list[tuple[int, int]] = []
+    for runs in others:
+        runs.sort(key=lambda run: abs(run[0] - first) + abs(run[1] - last))
+        nearest += islice((run for run in runs[1:] if _is_site(anatomy, *run)), 2)
     ways = [range_name(*way) for way in nearest] + [prefix_name(last - 1)]
     return (
         f"the stream that leaves block {last - 1} has another shape than the one that enters block {first}, so there "

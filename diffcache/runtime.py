@@ -22,9 +22,10 @@ from diffcache.options import RunOptions
 from diffcache.predictors import weight_table
 from diffcache.programs import Carried, History, Program, Programs
 from diffcache.report import CompileReport
-from diffcache.schedule import Cell, Forecast, Forecasting, Schedule
+from diffcache.schedule import Cell, Forecast, Forecasting, Schedule, Selected
 from diffcache.sites import Site
 from diffcache.streams import Stream, calling, close, input_at
+from diffcache.token_programs import NEWEST, check_options
 from diffcache.tracing import tree
 from diffcache.tracing.captured import Captured
 from diffcache.tracing.errors import CaptureError, GuardFailed, user_frame
@@ -63,6 +64,7 @@ class CachedDenoiser(nn.Module):
         super().__init__()
         self.denoiser = captured.denoiser
         object.__setattr__(self, "captured", captured)
+        check_options(schedule.rows, options)
         self.schedule, self.pattern, self.options, self.title = schedule, pattern, options, title
         self.report: CompileReport | None = None
         self.graphs: frozenset[str] = frozenset()  # fingerprints of what a loaded schedule was made for
@@ -211,14 +213,14 @@ class CachedDenoiser(nn.Module):
         written: History = {}
         result: Any = None
         for segment, rows in enumerate(programs.rows):
-            for on_trial in deciding.columns(column, rows, stream.history):
+            for on_trial in deciding.columns(column, rows, stream.history, programs.regions):
                 program = self._count(programs, programs.program(self.schedule, step, column, segment))
                 if on_trial:
                     program.refuse_effects()
                 weights = self._step_weights(program, column, leaves)
                 result, kept = program(leaves, hoisted, stream.history, column, weights, carried)
                 for (row, value), tensor in zip(program.writes, kept, strict=True):
-                    written[row, value, step] = tensor
+                    written[programs.kept_as(row, value, step)] = tensor
                 shown = zip(program.probes, result if program.probes else (), strict=True)
                 deciding.show({name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in shown})
         return result, column, written
@@ -248,7 +250,7 @@ class CachedDenoiser(nn.Module):
             found = self._make_programs(variant, bound, sites, names)
             if sites and not self._fits(found):
                 found = self._make_programs(variant, bound, (), names)
-            found.check_order(self._looks)
+            found.check_order(self.schedule, self._looks)
             self._programs[key] = found
         return found
 
@@ -337,6 +339,7 @@ class CachedDenoiser(nn.Module):
 
     def _on_device(self, cell: Cell, device: torch.device) -> torch.Tensor:
         """Weights in difference form; each is copied to the device once."""
+        cell = cell.forecast if isinstance(cell, Selected) else cell
         assert isinstance(cell, Forecast)
         key = (cell.weights, cell.view, device)
         found = self._weights.get(key)
@@ -371,7 +374,8 @@ class CachedDenoiser(nn.Module):
                 seen[number] = [next(tensors).detach()]
             elif gate.watch == "rows":
                 rows = set(stream.deciding.rows_of[number])
-                seen[number] = [in_full(kept).detach() for (row, _, _), kept in written.items() if row in rows]
+                kept = [kept for (row, _, made), kept in written.items() if row in rows and made != NEWEST]
+                seen[number] = [in_full(value).detach() for value in kept]
         return seen
 
     def say_once(self, message: str) -> None:

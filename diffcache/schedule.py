@@ -19,14 +19,18 @@ from diffcache.cells import (
     SKIP,
     Action,
     Cell,
+    Deferred,
     Forecast,
     Forecasting,
     GateSpec,
     Online,
+    Partial,
+    Selected,
     cell_from_json,
     cell_to_json,
     character,
 )
+from diffcache.token_reads import Lookers, keeps_tokens, lookers, token_structure
 
 FORMAT = "diffcache.schedule"
 VERSION = 1
@@ -46,8 +50,8 @@ class Row:
 
     @property
     def keeps(self) -> int:
-        """How many of the newest computed values its online cells read."""
-        return max((cell.history for cell in self.cells if isinstance(cell, Online)), default=0)
+        """How many of the newest computed values its online and partial cells read."""
+        return max((cell.history for cell in self.cells if isinstance(cell, Deferred)), default=0)
 
     @property
     def probes(self) -> tuple[str, ...]:
@@ -56,8 +60,13 @@ class Row:
 
     @cached_property
     def last_online(self) -> int:
-        """The last step that is decided at run time; -1 for none."""
-        return max((step for step, cell in enumerate(self.cells) if isinstance(cell, Online)), default=-1)
+        """The last step that is decided, or runs on some tokens, at run time; -1 for none."""
+        return max((step for step, cell in enumerate(self.cells) if isinstance(cell, Deferred)), default=-1)
+
+    @cached_property
+    def last_partial(self) -> int:
+        """The last step at which only some tokens are computed; -1 for none."""
+        return max((step for step, cell in enumerate(self.cells) if isinstance(cell, Partial)), default=-1)
 
     def last_reads(self) -> dict[int, int]:
         """Computed step -> the last step whose forecast reads it; steps that nobody reads are missing."""
@@ -93,15 +102,17 @@ class Structure:
     """What decides which program a step needs: two steps with equal structure share one.
 
     ``kinds`` is the step's column of the printed grid, one character a row; ``reads`` the history tensors each row
-    reads; ``writes`` the sites whose value is kept; ``views`` the part of each row that is forecast otherwise. Weights
-    are inputs of a program, so they do not count, except that plain reuse (``r``) is told apart from a forecast
-    (``f``): it needs no operation.
+    reads; ``writes`` the sites whose value is kept; ``views`` the part of each row that is forecast otherwise;
+    ``tokens`` how many tokens of a row are computed, and whether its keys and values are kept. Weights are inputs of a
+    program, so they do not count, except that plain reuse (``r``) is told apart from a forecast (``f``): it needs no
+    operation.
     """
 
     kinds: str
     reads: tuple[int, ...]
     writes: frozenset[str]
     views: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,6 +143,7 @@ class Schedule:
             raise ValueError(f"sites {twice} have more than one row; merge their cells into one row each")
         for row in self.rows:
             _check_row(row, self.steps)
+        self._lookers  # noqa: B018  (checks them)
         for step in range(self.steps):
             _check_column(self.rows, step)
 
@@ -174,8 +186,19 @@ class Schedule:
         return frozenset(
             row.site
             for row, reads, cell in zip(self.rows, self._last_reads, decided, strict=True)
-            if step in reads or (row.last_online > step and (cell is COMPUTE or isinstance(cell, Online)))
+            if step in reads
+            or (self.newest_after(row, step) and (cell is COMPUTE or isinstance(cell, Deferred | Selected)))
         )
+
+    def newest_after(self, row: Row, step: int) -> int:
+        """How many of the newest values of a row are kept after a step for what is decided at run time."""
+        looked_at = max((looks for last, looks, _ in self._lookers[row.site] if last > step), default=0)
+        return max(row.keeps if row.last_online > step else 0, looked_at)
+
+    def keeps_tokens(self, row: Row, step: int) -> bool:
+        """Whether a later step on some tokens looks at the keys and values that are known of a row after this one."""
+        looked_at = [last for last, _, attended in self._lookers[row.site] if attended]
+        return keeps_tokens(row, step, looked_at)
 
     def live_after(self, step: int) -> dict[str, tuple[int, ...]]:
         """Site -> the computed steps (newest first) whose values a forecast after ``step`` still reads."""
@@ -189,9 +212,16 @@ class Schedule:
     def structure(self, step: int, column: Sequence[Cell] | None = None) -> Structure:
         """What the program of this step depends on; ``column`` is what was decided at run time."""
         cells = self.column(step) if column is None else tuple(column)
-        reads = tuple(cell.reads if isinstance(cell, Forecasting) else 0 for cell in cells)
+        reads = tuple(
+            cell.reads if isinstance(cell, Forecasting) else cell.others.history if isinstance(cell, Partial) else 0
+            for cell in cells
+        )
         views = tuple(str(cell.view) if isinstance(cell, Forecast) and cell.view else "" for cell in cells)
-        return Structure("".join(map(character, cells)), reads, self.writes(step, cells), views if any(views) else ())
+        tokens = tuple(
+            token_structure(cell, self.keeps_tokens(row, step)) for row, cell in zip(self.rows, cells, strict=True)
+        )
+        kinds = "".join(map(character, cells))
+        return Structure(kinds, reads, self.writes(step, cells), *(p if any(p) else () for p in (views, tokens)))
 
     def distinct_columns(self) -> dict[Structure, tuple[int, ...]]:
         """Structure -> the steps that share it, in the order of first appearance: one program is needed for each."""
@@ -262,7 +292,8 @@ class Schedule:
             ) from error
 
     def __str__(self) -> str:
-        """The readable grid: C compute, r reuse, f forecast, g gated, . skipped inside another site's forecast.
+        """The readable grid: C compute, r reuse, f forecast, g gated, t computed for some tokens, . skipped in another
+        site's forecast.
 
         In the columns that a run comes to (``CachedDenoiser.decisions``) v is a forecast whose weights were made from
         values.
@@ -281,6 +312,10 @@ class Schedule:
     def _last_reads(self) -> tuple[dict[int, int], ...]:
         return tuple(row.last_reads() for row in self.rows)
 
+    @cached_property
+    def _lookers(self) -> Lookers:
+        return lookers(self.rows)
+
     def _checked(self, step: int) -> None:
         if not 0 <= step < self.steps:
             raise ValueError(f"step {step} is outside this schedule of {self.steps} steps (0 to {self.steps - 1})")
@@ -292,18 +327,18 @@ def _check_row(row: Row, steps: int) -> None:
     for step, cell in enumerate(row.cells):
         if isinstance(cell, Action | Online):
             continue
-        if not isinstance(cell, Forecast):
+        if not isinstance(cell, Forecast | Partial):
             raise ValueError(
-                f"site '{row.site}' has {cell!r} at step {step}; expected COMPUTE, SKIP, a Forecast or Online"
+                f"site '{row.site}' has {cell!r} at step {step}; expected COMPUTE, SKIP, a Forecast, Online or Partial"
             )
         if not any(earlier is COMPUTE for earlier in row.cells[:step]):
             raise ValueError(f"site '{row.site}' forecasts step {step}, but nothing is cached yet; compute it earlier")
-        for read in cell.steps:
+        for read in cell.steps if isinstance(cell, Forecast) else ():
             if not 0 <= read < step:
                 raise ValueError(
                     f"site '{row.site}' at step {step} reads step {read}; a forecast may read only earlier steps"
                 )
-            if row.cells[read] is not COMPUTE:
+            if row.cells[read] is not COMPUTE and not isinstance(row.cells[read], Partial):
                 raise ValueError(
                     f"site '{row.site}' at step {step} reads step {read}, where it is not computed; "
                     f"it is computed at {[t for t, c in enumerate(row.cells[:step]) if c is COMPUTE]}"

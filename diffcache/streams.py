@@ -11,6 +11,7 @@ import torch
 from diffcache.deciding import Deciding
 from diffcache.programs import BASIS, History, Programs
 from diffcache.schedule import Schedule
+from diffcache.token_programs import NEWEST
 from diffcache.tracing import tree
 from diffcache.tracing.session import Bound
 
@@ -36,7 +37,12 @@ class Stream:
         self.history |= written
         live = self.schedule.live_after(step)
         wanted = [
-            {BASIS, *live.get(row.site, ()), *(made[: row.keeps] if row.last_online > step else ())}
+            {
+                BASIS,
+                *live.get(row.site, ()),
+                *made[: self.schedule.newest_after(row, step)],
+                *([NEWEST] if self.schedule.keeps_tokens(row, step) else ()),
+            }
             for row, made in zip(self.schedule.rows, self.deciding.made, strict=True)
         ]
         self.history = {key: kept for key, kept in self.history.items() if key[2] in wanted[key[0]]}

@@ -167,6 +167,7 @@ def _forecast(
                 stored = () if small_of is None else (None, small_of)
                 forecast = graph.call_function(extrapolate, (anchor, history, weights, *stored))
         forecast.meta = {"val": value.meta.get("val"), "path": value.meta.get("path", ""), "forecast": True}
+    forecast.meta["instead_of"] = value.meta.get("captured_as", value.name)
     value.replace_all_uses_with(forecast, delete_user_cb=lambda user: user is not forecast)
     return last, forecast
 

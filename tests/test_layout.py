@@ -15,7 +15,7 @@ PACKAGES = {"diffcache": ROOT / "diffcache", "diffcache.passes": ROOT / "passes"
 # Low to high. A module may import from its own layer and from those below it. A package stands for all it holds.
 LAYERS = [
     {"cells"},
-    {"schedule"},
+    {"schedule", "token_reads"},
     {"kernels"},
     {"gram", "published_tables", "published_coefficients"},
     {
@@ -51,8 +51,9 @@ LAYERS = [
     {"pipeline"},
     {"lower"},
     {"options"},
+    {"token_programs"},
     {"programs"},
-    {"probe_history"},
+    {"probe_history", "token_choice"},
     {"deciding"},
     {"streams"},
     {"runtime"},

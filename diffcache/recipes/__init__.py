@@ -4,7 +4,11 @@
 """
 
 from diffcache.recipes.base import METHODS, Method, Part, Plan, Predict, Recipe, method
-from diffcache.recipes.baselines import evenly, steps, uniform
+from diffcache.recipes.baselines import (
+    evenly,
+    steps,
+    uniform,
+)
 from diffcache.recipes.layerwise import (
     adacache,
     block_caching,
@@ -44,15 +48,18 @@ from diffcache.recipes.predictive import (
     scalingcache,
     spectrum,
     taocache,
+    tap,
     taylorseer,
     taylorseer_lite,
     vde,
+    worldcache,
 )
 from diffcache.recipes.static import (
     blockdance,
     deepcache,
     delta_dit,
     faster_diffusion,
+    fastercache,
     fora,
     frdiff,
     pab,
@@ -61,7 +68,22 @@ from diffcache.recipes.static import (
     smoothcache,
     step_mask,
 )
-from diffcache.recipes.timewise import adaptive_diffusion, dicache, easycache, fastcache, magcache, seacache, teacache
+from diffcache.recipes.timewise import (
+    adaptive_diffusion,
+    dicache,
+    easycache,
+    fastcache,
+    magcache,
+    seacache,
+    teacache,
+)
+from diffcache.recipes.tokens import Tokens
+from diffcache.recipes.tokenwise import clusca, duca, fastcache_tokens, procache_tokens, ras, toca
+from diffcache.recipes.views import (
+    freqca,
+    hyca,
+    svdcache,
+)
 
 __all__ = [
     "METHODS",
@@ -70,6 +92,7 @@ __all__ = [
     "Plan",
     "Predict",
     "Recipe",
+    "Tokens",
     "ab_cache",
     "adacache",
     "adaptive_diffusion",
@@ -79,28 +102,34 @@ __all__ = [
     "bwcache",
     "cachequant",
     "cem",
+    "clusca",
     "dbcache",
     "dbprune",
     "deepcache",
     "delta_dit",
     "dicache",
     "dpcache",
+    "duca",
     "easycache",
     "ecad",
     "ertacache",
     "evenly",
     "fastcache",
+    "fastcache_tokens",
     "faster_diffusion",
+    "fastercache",
     "fbcache",
     "foca",
     "fora",
     "foresight",
     "frdiff",
+    "freqca",
     "goc",
     "golden_path",
     "harmonica",
     "hicache",
     "hicache_modes",
+    "hyca",
     "invardiff",
     "l2p",
     "learning_to_cache",
@@ -113,8 +142,10 @@ __all__ = [
     "otcache",
     "pab",
     "procache",
+    "procache_tokens",
     "profiling_dit",
     "published_table",
+    "ras",
     "resilphase",
     "rfc",
     "scalingcache",
@@ -123,10 +154,14 @@ __all__ = [
     "spectrum",
     "step_mask",
     "steps",
+    "svdcache",
     "taocache",
+    "tap",
     "taylorseer",
     "taylorseer_lite",
     "teacache",
+    "toca",
     "uniform",
     "vde",
+    "worldcache",
 ]

@@ -16,9 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffcache import predictors
-from diffcache.cells import COMPUTE, Cell, Forecast, GateSpec, Online, View
+from diffcache.cells import COMPUTE, Cell, Forecast, GateSpec, Online, Partial, View
 from diffcache.forecasting import forecast, used
+from diffcache.gates import make_gate
 from diffcache.profile_record import Profile
+from diffcache.recipes.tokens import Tokens
 from diffcache.schedule import Row, Schedule, SiteChoice
 
 P = ParamSpec("P")
@@ -41,6 +43,7 @@ class Plan:
     find: Callable[[Sequence[str]], Sequence[SiteChoice]] | None = None
     measure_with: Callable[..., Mapping[str, Array]] | None = None
     error_of: Callable[[Schedule], float] | None = None
+    refusal_of: Callable[[str], str] | None = None
     trajectory_of: Callable[[str], NDArray[np.float32]] | None = None
 
     def site(self, name: str) -> SiteChoice:
@@ -64,10 +67,26 @@ class Plan:
             raise ValueError(f"this recipe looks at the values of '{name}' in calibration; use diffcache.compile")
         return self.trajectory_of(name)
 
+    def probe(self, name: str) -> str:
+        """The name of a probe, or of what stands for it here; raises ValueError where the denoiser has no such probe.
+
+        Without blocks in a row the first block of all stands for the first blocks.
+        """
+        if self.find is None or name in ("", "latent"):
+            return name
+        rowless = not any(site.blocks for site in self.sites)
+        found = "first_block" if rowless and name.startswith("blocks[:") else name
+        self.find([found])
+        return found
+
     def error(self, schedule: Schedule) -> float:
         if self.error_of is None:
             raise ValueError("this recipe tries schedules out in calibration; use diffcache.compile")
         return self.error_of(schedule)
+
+    def mixes_tokens(self, name: str) -> str:
+        """Why a site cannot run on some of its tokens; empty where it can, or where that is not known yet."""
+        return self.refusal_of(name) if self.refusal_of is not None else ""
 
     def known(self) -> str:
         names = [f"{site.name} ({site.role})" if site.role else site.name for site in self.sites]
@@ -95,7 +114,7 @@ class Predict:
 
     def at(self, plan: Plan, site: SiteChoice) -> Predict:
         """The same with what depends on the site found for this one."""
-        probe = self.probe(site) if callable(self.probe) else self.probe
+        probe = plan.probe(self.probe(site) if callable(self.probe) else self.probe)
         view = self.view(plan, site) if callable(self.view) else self.view
         if view is not None and self.fitted:
             raise ValueError(f"predictor '{self.name}' is fitted to whole values; a view needs rules by name")
@@ -143,7 +162,8 @@ class Part:
     """Some sites, the steps at which they are computed in any case, and what happens at the others.
 
     Without a gate all others are forecast; with one, those that it lets pass. ``check`` picks the site that a gate
-    compares which checks forecasts ("verify"): it is computed on the forecast of the part's sites.
+    compares which checks forecasts ("verify"): it is computed on the forecast of the part's sites. At the steps that
+    ``tokens`` name a few tokens are computed, of the sites that can run on a few.
     """
 
     sites: Pick
@@ -151,15 +171,22 @@ class Part:
     gate: Gating | None = None
     predictor: Predict = Predict()
     check: Pick | None = None
+    tokens: Tokens | None = None
 
     def rows(self, plan: Plan, title: str) -> list[Row]:
+        """Raises ValueError where no site of a part that is about tokens can run on some, or a check has no gate."""
+        sites = self.sites(plan)
+        refused = {site.name: plan.mixes_tokens(site.name) for site in sites} if self.tokens is not None else {}
+        if refused and all(refused.values()):
+            raise ValueError(f"{title} finds no site that can run on a few tokens; the first of them: "
+                             f"{next(iter(refused.values()))}")  # fmt: skip
         if self.check is None:
-            return [self._row(plan, site, title) for site in self.sites(plan)]
+            return [self._row(plan, site, title) for site in sites]
         (checked,), spec = self.check(plan), self.gate
         if not isinstance(spec, GateSpec):
             raise ValueError(f"{title} checks '{checked.name}', but by no gate; give the part GateSpec('verify', ...)")
         part = replace(self, gate=replace(spec, options={**spec.options, "probe": checked.name}))
-        return [part._row(plan, site, title) for site in (*self.sites(plan), checked)]
+        return [part._row(plan, site, title) for site in (*sites, checked)]
 
     def _row(self, plan: Plan, site: SiteChoice, title: str) -> Row:
         computed = sorted(set(self.when(plan, site)))
@@ -167,19 +194,34 @@ class Part:
             raise ValueError(
                 f"{title} computes steps {computed} of {plan.steps}; expected step 0 and steps up to {plan.steps - 1}"
             )
-        gate = self.gate(plan, site) if callable(self.gate) else self.gate
+        gate = _looking(plan, self.gate(plan, site) if callable(self.gate) else self.gate)
         predictor = self.predictor.at(plan, site)
+        partial: Mapping[int, Cell] = {}
+        if self.tokens is not None and not plan.mixes_tokens(site.name):
+            partial = self.tokens.cells(plan, site, computed, predictor.online())
         made: list[int] = []
         cells: list[Cell] = []
         for step in range(plan.steps):
             if step in computed:
                 made.insert(0, step)
                 cells.append(COMPUTE)
+            elif step in partial:
+                made.insert(0, step)
+                cells.append(partial[step])
             elif gate is not None:
                 cells.append(predictor.online())
             else:
                 cells.append(predictor.cell(plan, site, made, step))
         return Row(site.name, site.residual, tuple(cells), gate)
+
+
+def _looking(plan: Plan, gate: GateSpec | None) -> GateSpec | None:
+    """The gate with its probe as this denoiser has it."""
+    if gate is None:
+        return None
+    wanted = make_gate(gate.name, **gate.options).probe
+    found = plan.probe(wanted)
+    return gate if found == wanted else GateSpec(gate.name, {**gate.options, "probe": found})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,12 +245,16 @@ class Recipe:
         if not rows:
             raise ValueError(f"{self.origin} finds no site here; the sites are: {plan.known()}")
         saved = {row.site: plan.site(row.site).flops_fraction_saved for row in rows}
-        forecasts = [(row.site, cell) for row in rows for cell in row.cells if isinstance(cell, Forecast)]
-        left = 1.0 - sum(saved[site] for site, _ in forecasts) / plan.steps
+        left = 1.0 - sum(saved[row.site] * _saves(cell) for row in rows for cell in row.cells) / plan.steps
         return Schedule(plan.steps, tuple(rows), clock=plan.clock, origin=self.origin, flops_fraction=max(left, 1e-6))
 
     def __repr__(self) -> str:
         return self.origin
+
+
+def _saves(cell: Cell) -> float:
+    """The share of a site's work that is surely not done."""
+    return 1.0 - cell.share if isinstance(cell, Partial) else float(isinstance(cell, Forecast))
 
 
 @dataclass(frozen=True)

@@ -27,17 +27,41 @@ def one(wanted: str) -> Pick:
 
 
 def requested(name: str, instead: str = "") -> Pick:
-    """A site that is made on request (``blocks[8:-2]``, ``prefix[5]``, ``deep[0]``, ``encoder``), or another role."""
+    """A site that is made on request (``blocks[8:-2]``, ``prefix[5]``, ``deep[0]``, ``encoder``), or another role.
+
+    The other role stands in only for what the denoiser lacks altogether, blocks in a row or skip connections: a block
+    or a skip past the last one is refused.
+    """
 
     def pick(plan: Plan) -> Sequence[SiteChoice]:
         try:
             return [plan.site(name)]
         except ValueError:
-            if not instead:
+            counted = _blocks(plan) if name.startswith(("blocks", "prefix")) else _skips(plan)
+            if not instead or counted:
                 raise
             return one(instead)(plan)
 
     return pick
+
+
+def _blocks(plan: Plan) -> int:
+    return max((site.blocks for site in plan.sites), default=0)
+
+
+def _skips(plan: Plan) -> bool:
+    return any(site.role in ("deep", "deepest") and site.depth >= 0 for site in plan.sites)
+
+
+def blocks_of(plan: Plan) -> int:
+    """How many blocks in a row the denoiser has. Raises ValueError for none."""
+    count = _blocks(plan)
+    if not count:
+        raise ValueError(
+            f"this recipe splits a row of equal blocks, and this denoiser has none (as U-Nets have none); take one for "
+            f"skip connections, such as deepcache. The sites and roles here are: {plan.known()}"
+        )
+    return count
 
 
 def between(first: int, last: int | None = None) -> Pick:
