@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from diffcache.call_pattern import CallPattern, host_value
-from diffcache.deciding import looked_at
+from diffcache.deciding import checks_of, looked_at
 from diffcache.fingerprint import graph_fingerprint
 from diffcache.memory import Kept, in_full, in_words, to_host
 from diffcache.options import RunOptions
@@ -76,7 +76,8 @@ class CachedDenoiser(nn.Module):
         self._context = threading.local()
         self._said: set[str] = set()
         self._looks = looked_at(schedule)
-        self._probes = tuple(sorted(set().union(*self._looks.values())))
+        self._checks = {schedule.rows[row].site: rows for row, rows in checks_of(schedule).values()}
+        self._probes = tuple(sorted(set(self._checks).union(*self._looks.values())))
         self._logs: deque[tuple[str, list[str]]] = deque(maxlen=MAX_STREAMS)
         self.reset()
         self.training = self.denoiser.training
@@ -212,15 +213,16 @@ class CachedDenoiser(nn.Module):
         written: History = {}
         result: Any = None
         for segment, rows in enumerate(programs.rows):
-            for row, cell in deciding.cells(rows, stream.history, programs.regions).items():
-                column[row] = cell
-            program = self._count(programs, programs.program(self.schedule, step, column, segment))
-            weights = self._step_weights(program, column, leaves)
-            result, kept = program(leaves, hoisted, stream.history, column, weights, carried)
-            for (row, value), tensor in zip(program.writes, kept, strict=True):
-                written[programs.kept_as(row, value, step)] = tensor
-            for name, probe in zip(program.probes, result if program.probes else (), strict=True):
-                deciding.show(name, probe.detach())
+            for on_trial in deciding.columns(column, rows, stream.history, programs.regions):
+                program = self._count(programs, programs.program(self.schedule, step, column, segment))
+                if on_trial:
+                    program.refuse_effects()
+                weights = self._step_weights(program, column, leaves)
+                result, kept = program(leaves, hoisted, stream.history, column, weights, carried)
+                for (row, value), tensor in zip(program.writes, kept, strict=True):
+                    written[programs.kept_as(row, value, step)] = tensor
+                shown = zip(program.probes, result if program.probes else (), strict=True)
+                deciding.show({name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in shown})
         return result, column, written
 
     def _count(self, programs: Programs, program: Program) -> Program:
@@ -231,7 +233,7 @@ class CachedDenoiser(nn.Module):
     def programs(self, variant: Variant, bound: Bound) -> Programs:
         """The programs of a variant; its sites are found by name, so a schedule applies at another resolution."""
         names = tuple(row.site for row in self.schedule.rows)
-        key = (id(variant), names, self._probes)
+        key = (id(variant), names, (*self._probes, *map(str, self._checks.items())))
         found = self._programs.get(key)
         if found is None:
             wanted = (*names, *self._probes)
@@ -258,6 +260,7 @@ class CachedDenoiser(nn.Module):
             self.pattern.invariant,
             sites[: len(names)],
             probes=sites[len(names) :],
+            checks=self._checks,
             flops=self._find_sites.flops(variant, bound),
             options=self.options,
             title=self._program_title(names),

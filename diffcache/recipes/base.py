@@ -161,24 +161,32 @@ def first_step(plan: Plan, site: SiteChoice) -> Collection[int]:
 class Part:
     """Some sites, the steps at which they are computed in any case, and what happens at the others.
 
-    Without a gate all others are forecast; with one, those that it lets pass. At the steps that ``tokens`` name a few
-    tokens are computed, of the sites that can run on a few.
+    Without a gate all others are forecast; with one, those that it lets pass. ``check`` picks the site that a gate
+    compares which checks forecasts ("verify"): it is computed on the forecast of the part's sites. At the steps that
+    ``tokens`` name a few tokens are computed, of the sites that can run on a few.
     """
 
     sites: Pick
     when: When = first_step
     gate: Gating | None = None
     predictor: Predict = Predict()
+    check: Pick | None = None
     tokens: Tokens | None = None
 
     def rows(self, plan: Plan, title: str) -> list[Row]:
-        """Raises ValueError where no site of a part that is about tokens can run on some of them."""
+        """Raises ValueError where no site of a part that is about tokens can run on some, or a check has no gate."""
         sites = self.sites(plan)
         refused = {site.name: plan.mixes_tokens(site.name) for site in sites} if self.tokens is not None else {}
         if refused and all(refused.values()):
             raise ValueError(f"{title} finds no site that can run on a few tokens; the first of them: "
                              f"{next(iter(refused.values()))}")  # fmt: skip
-        return [self._row(plan, site, title) for site in sites]
+        if self.check is None:
+            return [self._row(plan, site, title) for site in sites]
+        (checked,), spec = self.check(plan), self.gate
+        if not isinstance(spec, GateSpec):
+            raise ValueError(f"{title} checks '{checked.name}', but by no gate; give the part GateSpec('verify', ...)")
+        part = replace(self, gate=replace(spec, options={**spec.options, "probe": checked.name}))
+        return [part._row(plan, site, title) for site in (*sites, checked)]
 
     def _row(self, plan: Plan, site: SiteChoice, title: str) -> Row:
         computed = sorted(set(self.when(plan, site)))
