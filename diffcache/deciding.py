@@ -38,13 +38,19 @@ class Deciding:
         self._last: dict[int, int] = {}  # gate -> its last computed step
         self._coming: dict[int, HostRead] = {}
         self._before: tuple[list[Gate], dict[int, HostRead]] | None = None
+        self._given: tuple[Cell, ...] | None = None
+        self.column: tuple[Cell, ...] = ()  # of the step that was finished last
+
+    def follow(self, column: Sequence[Cell] | None) -> None:
+        """The step that begins next does what another branch decided, where this one has the history for it."""
+        self._given = None if column is None else tuple(column)
 
     def begin(self, step: int, latent: Any) -> None:
         """A step begins; gates that need nothing of the graph decide."""
         self._before = (list(map(copy.copy, self.gates)), dict(self._coming))
         self.step, self._follows = step, {}
         for number, gate in enumerate(self.gates):
-            if gate.probe in BEFORE:
+            if gate.probe in BEFORE and self._given is None:
                 self.decide(number, latent if gate.probe else None)
 
     def undo(self) -> None:
@@ -54,6 +60,8 @@ class Deciding:
 
     def decide(self, number: int, probe: Any) -> None:
         """One gate sees its probe and decides for its rows."""
+        if self._given is not None:
+            return
         gate, moment = self.gates[number], self._moment(number)
         coming = self._coming.pop(number, None)
         if coming is not None:
@@ -75,7 +83,7 @@ class Deciding:
         for row, cell in enumerate(column):
             if cell is COMPUTE:
                 self.made[row].insert(0, self.step)
-        for number, gate in enumerate(self.gates):
+        for number, gate in enumerate(self.gates if self._given is None else ()):
             computed = not any(isinstance(column[row], Forecast) for row in self.rows_of[number])
             moment = self._moment(number)
             numbers = gate.see(seen[number], moment) if seen.get(number) else None
@@ -85,7 +93,13 @@ class Deciding:
             if computed:
                 self._last[number] = self.step
         self.log.append("".join(map(character, column)))
-        self._before = None
+        self.column, self._given, self._before = tuple(column), None, None
+
+    def adopt(self, other: Deciding) -> None:
+        """Computed steps of another stream whose history this one has taken over."""
+        self.made = [sorted({*a, *b}, reverse=True) for a, b in zip(self.made, other.made, strict=True)]
+        for number, last in other._last.items():
+            self._last[number] = max(last, self._last.get(number, last))
 
     def online(self, row: int) -> Online | None:
         """The rule of a row whose weights are made from values, where this step forecasts it so."""
@@ -98,10 +112,15 @@ class Deciding:
 
     def _possible(self, row: int) -> bool:
         cell = self.schedule.rows[row].cells[self.step]
-        return not isinstance(cell, Action) and (isinstance(cell, Forecast) or bool(self.made[row]))
+        if isinstance(cell, Forecast):  # of a branch that was left out there is nothing to read
+            return set(cell.steps) <= set(self.made[row])
+        return isinstance(cell, Online) and bool(self.made[row])
 
     def _settled(self, row: int) -> Cell:
         cell, gate = self.schedule.rows[row].cells[self.step], self.gate_of[row]
+        if self._given is not None:
+            given = self._given[row]
+            return given if isinstance(given, Action) or set(given.steps) <= set(self.made[row]) else COMPUTE  # type: ignore[union-attr]
         if isinstance(cell, Action):
             return cell
         if not self._possible(row) or (gate is not None and not self._follows[gate]):

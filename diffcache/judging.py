@@ -75,8 +75,8 @@ def judge(
         judged.append((error, denoiser))
     report(f"judge schedules of {calibration.name}", len(candidates) * prompts, len(candidates) * prompts)
     error, chosen = _best(judged, effort)
-    if chosen.schedule.rows and not chosen.steps_forecast:
-        if chosen.schedule.gates and chosen.decisions:
+    if not chosen.schedule.is_exact and not chosen.steps_forecast:
+        if chosen.schedule.is_online and chosen.decisions:
             raise ValueError(
                 f"{chosen.schedule.origin} lets nothing pass on the calibration prompts of {calibration.name}: nothing "
                 "would be cached; allow it a larger change"
@@ -111,7 +111,11 @@ def _report(
 ) -> CompileReport:
     schedule, record = chosen.schedule, calibration.profile
     predicted = None
-    if schedule.rows and all(any(s.name == row.site for s in record.sites) for row in schedule.rows):
+    if (
+        schedule.rows
+        and schedule.guidance is None
+        and all(any(s.name == row.site for s in record.sites) for row in schedule.rows)
+    ):
         predicted = max(searching.predicted_error(record, schedule), 0.0) ** 0.5
     names = tuple(row.site for row in schedule.rows)
     programs = [p for (_, sites, _), p in chosen._programs.items() if sites == names and len(p.sites) == len(names)]
