@@ -180,10 +180,11 @@ class Branches:
         stream.ahead, stream.position = None, step
         if ahead.answers(step, self._varying(bound)):
             return ahead.result
-        stream.on_schedule, stream.generation.broken = False, True
+        stream.generation.broken = True
+        stream.forget()
         self.caller.say_once(
-            f"guidance: the conditional call of step {step} has other inputs than the unconditional one before it; "
-            "such calls are computed in full. Calibrate with the sampler that you generate with."
+            f"guidance: the conditional call of step {step} has other inputs than the unconditional one before it, so "
+            "that both branches are computed from now on. Calibrate with the sampler that you generate with."
         )
         return self.caller.perform(bound, stream, None)
 

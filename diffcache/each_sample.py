@@ -13,6 +13,7 @@ from diffcache.batch import Rows, batch_size, call_kind, check_equal, cut, joine
 from diffcache.branches import Branches
 from diffcache.caller import Caller, observed
 from diffcache.generations import Generation
+from diffcache.memory import in_words
 from diffcache.streams import Stream
 from diffcache.tracing.session import Bound
 
@@ -36,12 +37,11 @@ class EachSample:
         pattern, samples = self.caller.pattern, batch_size(bound, self.caller.pattern)
         rows = self._rows(samples)
         calls = [cut(bound, pattern, part, samples) for part in rows]
-        if not stream.parts and self._fits(calls):
-            self._divide(stream, len(rows))
-        if len(stream.parts) != len(rows):
-            stream.on_schedule = False
-            self.caller.say_once(f"samples of a generation are {len(rows)} at step {step}, which is computed in full")
+        if not self._fits(calls):
+            stream.position = step
             return self.caller.perform(bound, stream, None)
+        if len(stream.parts) != len(rows):
+            self._divide(stream, len(rows))
         expected = self._expected(bound) if step == 0 and len(rows) > 1 else None
         results = [self.branches.run(call, part, step) for call, part in zip(calls, stream.parts, strict=True)]
         stream.position = step
@@ -72,7 +72,13 @@ class EachSample:
             return True
         streams = caller.pattern.streams * len(calls)
         programs = caller.captured.serve(calls[0], lambda variant: caller.programs(variant, calls[0]))
-        return bool(programs.memory(caller.schedule, streams).device_bytes <= allowed)
+        needed = programs.memory(caller.schedule, streams).device_bytes
+        if needed > allowed:
+            caller.say_once(
+                f"history of {len(calls)} samples would take {in_words(needed)}, max_cache_bytes allows "
+                f"{in_words(allowed)}: they are computed in full. Raise the limit, or generate fewer at a time"
+            )
+        return bool(needed <= allowed)
 
     def _divide(self, stream: Stream, count: int) -> None:
         """A stream for each sample, joined with the same sample of the branch that was called first."""

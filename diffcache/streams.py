@@ -47,6 +47,11 @@ class Stream:
         self.deciding.log.append(printed)
         self.keep(step, {})
 
+    def forget(self) -> None:
+        """What it keeps was made from other inputs than those of the sampler."""
+        self.history.clear()
+        self.deciding.made = [[] for _ in self.schedule.rows]
+
     def keep(self, step: int, written: History) -> None:
         """A step has run: add what it wrote to history, and forget what no later step reads."""
         self.history |= written
