@@ -59,6 +59,12 @@ class Deciding:
         self._last: dict[int, int] = {}  # gate -> its last computed step
         self._coming: dict[int, HostRead] = {}
         self._before: tuple[list[Gate], dict[int, HostRead]] | None = None
+        self._given: tuple[Cell, ...] | None = None
+        self.column: tuple[Cell, ...] = ()  # of the step that was finished last
+
+    def follow(self, column: Sequence[Cell] | None) -> None:
+        """The step that begins next does what another branch decided, where this one has the history for it."""
+        self._given = None if column is None else tuple(column)
 
     def begin(self, step: int, latent: Any) -> None:
         """A step begins; gates that need nothing of the graph decide."""
@@ -66,7 +72,9 @@ class Deciding:
         self.step, self._follows, self._fixed, self._checking = step, {}, {}, None
         self.probes.begin(latent.device if isinstance(latent, Tensor) else None)
         self.tokens.begin(latent)
-        for number in self.checks:
+        if self._given is not None:  # another branch has decided
+            self._follows = dict.fromkeys(self.checks, False)
+        for number in self.checks if self._given is None else ():
             foregone = self.gates[number].foregone(self._moment(number))
             if not all(self._possible(row) for row in self.rows_of[number]):
                 foregone = False
@@ -116,7 +124,7 @@ class Deciding:
                 return
         for name, probe in probes.items():
             for number, gate in enumerate(self.gates):
-                if gate.probe == name and number not in self.checks:
+                if gate.probe == name and number not in self.checks and self._given is None:
                     self.decide(number, probe)
             if isinstance(probe, Tensor):
                 self.probes.show(name, probe)
@@ -128,6 +136,8 @@ class Deciding:
 
     def decide(self, number: int, probe: Any) -> None:
         """One gate sees its probe and decides for its rows."""
+        if self._given is not None:
+            return
         gate, moment = self.gates[number], self._moment(number)
         coming = self._coming.pop(number, None)
         if coming is not None:
@@ -145,7 +155,7 @@ class Deciding:
         for row, cell in enumerate(column):
             if cell is COMPUTE or isinstance(cell, Selected):
                 self.made[row].insert(0, self.step)
-        for number, gate in enumerate(self.gates):
+        for number, gate in enumerate(self.gates if self._given is None else ()):
             computed = not any(
                 isinstance(column[row], Forecasting) or row in self._fixed for row in self.rows_of[number]
             )
@@ -159,7 +169,13 @@ class Deciding:
         self.probes.finish(self.step, column, self.made)
         self.tokens.finish(self.step, column)
         self.log.append("".join(map(character, column)))
-        self._before = None
+        self.column, self._given, self._before = tuple(column), None, None
+
+    def adopt(self, other: Deciding) -> None:
+        """Computed steps of another stream whose history this one has taken over."""
+        self.made = [sorted({*a, *b}, reverse=True) for a, b in zip(self.made, other.made, strict=True)]
+        for number, last in other._last.items():
+            self._last[number] = max(last, self._last.get(number, last))
 
     def _moment(self, number: int) -> Moment:
         last = self._last.get(number, self.step)
@@ -169,13 +185,30 @@ class Deciding:
         cell = self.schedule.rows[row].cells[self.step]
         if isinstance(cell, Partial):
             return self.tokens.possible(row, cell, self.made)
-        return not isinstance(cell, Action) and (isinstance(cell, Forecast) or bool(self.made[row]))
+        if isinstance(cell, Forecast):  # of a branch that was left out there is nothing to read
+            return set(cell.steps) <= set(self.made[row])
+        return isinstance(cell, Online) and bool(self.made[row])
 
     def _settled(self, row: int, history: History, regions: TokenRegions) -> Cell:
         cell, gate = self.schedule.rows[row].cells[self.step], self.gate_of[row]
+        if self._given is not None:
+            return self._adopted(row, self._given[row], history, regions)
         if row in self._fixed or isinstance(cell, Action):
             return self._fixed.get(row, cell)
         if not self._possible(row) or (gate is not None and not self._follows[gate]):
+            return COMPUTE
+        if isinstance(cell, Partial):
+            return self.tokens.select(row, cell, self.made, self.step, history, regions)
+        return self._as_forecast(row, history)
+
+    def _adopted(self, row: int, given: Cell, history: History, regions: TokenRegions) -> Cell:
+        """A cell that another branch decided on, where this one has the history; weights and tokens are its own."""
+        if isinstance(given, Action):
+            return given
+        if isinstance(given, Forecast):
+            return given if set(given.steps) <= set(self.made[row]) else COMPUTE
+        cell = self.schedule.rows[row].cells[self.step]
+        if not self._possible(row):
             return COMPUTE
         if isinstance(cell, Partial):
             return self.tokens.select(row, cell, self.made, self.step, history, regions)

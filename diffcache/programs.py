@@ -306,7 +306,7 @@ class Programs:
 
     def counts(self, schedule: Schedule) -> dict[str, int]:
         """Ops of the capture, hoisted, and left in the cheapest column."""
-        if schedule.is_online:  # what was decided so far
+        if schedule.is_online and schedule.rows:  # what was decided so far
             parts = [[p for (n, *_), p in self._scheduled() if n == number] for number in range(len(self.cuts) + 1)]
             ops = [sum(min((count_ops(p.module.graph) for p in part), default=0) for part in parts)]
         else:

@@ -74,7 +74,9 @@ class Recorded(Start):
         self.complete &= None not in numbers  # else there is a copy, which would have to be made again
         rest = (*arguments[count:], *constants.values())
         self.interpreted = compiled is None
-        launcher = kernel[grid] if compiled is None else compiled[(*grid, 1, 1)[:3]]  # a compiled one wants three numbers
+        launcher = (
+            kernel[grid] if compiled is None else compiled[(*grid, 1, 1)[:3]]
+        )  # a compiled one wants three numbers
         self.launches.append(Launch(launcher, itemgetter(*numbers), rest))
 
     def replay(self, result: Any) -> Replay | None:
