@@ -10,7 +10,7 @@ from functools import cached_property
 
 from torch import fx
 
-from diffcache.axes import Axes, latent_axes, tokens_in
+from diffcache.axes import OTHER, Axes, latent_axes, names_in, tokens_in
 from diffcache.blocks import Block, repeated_blocks, trunk
 from diffcache.cost import Cost
 from diffcache.cuts import Skip, skips
@@ -57,6 +57,10 @@ class Anatomy:
     def branch(self, value: fx.Node) -> int:
         """The index of the skip whose deeper operand a value is; -1 for any other value."""
         return next((index for index, skip in enumerate(self.skips) if skip.deep is value), -1)
+
+    def foreign(self, value: fx.Node) -> bool:
+        """Whether a value holds tokens that the latent did not begin (text), as far as that is known."""
+        return OTHER in names_in(self.axes.get(value, ())) or not self.flow.carries_latent(value)
 
     # -- resolution levels ------------------------------------------------------------------------------------------
 

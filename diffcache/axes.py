@@ -129,8 +129,9 @@ def _elementwise(
             made.append(_axis(names_in([axes[i] for axes in operands]), size))
     if name in CATS:
         _join(flow, node, made, operands, shape)
-    if (made_new := _FEATURES.get(name.lower().replace("_transpose", "").replace("transpose", ""))) is not None:
-        made[made_new] = _axis(frozenset(), shape[made_new])
+    features = _FEATURES.get(name.lower().replace("_transpose", "").replace("transpose", ""))
+    if features is not None:
+        made[features] = _axis(frozenset(), shape[features])
     if name in _PRODUCTS:
         right = known.get(node.all_input_nodes[-1])
         fits = right is not None and _size(right[-1]) == shape[-1]

@@ -21,6 +21,16 @@ COMPUTE = Action.COMPUTE
 SKIP = Action.SKIP
 
 
+def check_plain(options: Mapping[str, Any], what: str) -> None:
+    """Raise ValueError for options that a schedule file could not hold."""
+    try:
+        survives = json.loads(json.dumps(dict(options), allow_nan=False)) == dict(options)
+    except (TypeError, ValueError):
+        survives = False
+    if not survives:
+        raise ValueError(f"{what} must be plain JSON values (numbers, strings, lists), got {options}")
+
+
 @dataclass(frozen=True, slots=True)
 class View:
     """Parts of a value that are forecast otherwise than the rest of it, which goes by the cell itself.
@@ -144,8 +154,80 @@ class Given:
     made: tuple[tuple[Sequence[Any], Any], ...] = field(default=(), repr=False, compare=False)
 
 
-Cell = Action | Forecast | Online | Given
-Forecasting = Forecast | Given  # what takes the place of a value
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """A few tokens of each of the site's values are computed, the others come from history.
+
+    Computed are the tokens of which ``score`` (see ``token_scores``, with its ``options``) is highest: ``share`` of
+    them, or one for each of ``clusters`` if that is more. The others are forecast as ``others`` says. Of tokens in
+    clusters those that are not computed move by ``blend`` towards what is fresh in their cluster. What a partial step
+    comes to enters history as a computed value does.
+
+    The score looks at the ``looks`` newest values of the site, or of the site ``beside`` it that has as many tokens;
+    ``attended`` says that it looks at what attention takes from each token there.
+    """
+
+    share: float
+    score: str = "norm"
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    others: Online = Online()
+    clusters: int = 0
+    blend: float = 0.0
+    beside: str = ""
+    looks: int = 1
+    attended: bool = False
+
+    def __post_init__(self) -> None:
+        check_plain(self.options, f"options of token score '{self.score}'")
+        least = 0.0 if self.clusters else math.ulp(0.0)
+        if not least <= self.share <= 1.0 or self.clusters < 0 or not 0.0 <= self.blend <= 1.0:
+            raise ValueError(
+                f"a partial step computes share={self.share} of the tokens with clusters={self.clusters} and "
+                f"blend={self.blend}; expected a share in (0, 1], or clusters, and a blend between 0 and 1"
+            )
+        if self.others.probe or self.others.view is not None or self.looks not in (1, 2):
+            raise ValueError(
+                "the tokens that are not computed are forecast by weights on whole values, without probe or view, and "
+                f"a score looks at one or two values; got {self.others} and looks={self.looks}"
+            )
+
+    @property
+    def history(self) -> int:
+        """The most values of its own that it reads."""
+        return max(self.others.history, 1 if self.beside else self.looks)
+
+    def count(self, tokens: int) -> int:
+        """How many of so many tokens are computed."""
+        return min(tokens, max(1, self.clusters, round(self.share * tokens)))
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """What a partial cell comes to: its tokens, how many of each value, and the forecast of the others.
+
+    It exists for the duration of one step and is never stored. ``tokens`` and ``clusters`` are tensors, one for each
+    value of the site.
+    """
+
+    forecast: Forecast
+    counts: tuple[int, ...]
+    blend: tuple[float, int] | None = None
+    tokens: tuple[Any, ...] = field(default=(), repr=False, compare=False)
+    clusters: tuple[Any, ...] = field(default=(), repr=False, compare=False)
+
+    @property
+    def reads(self) -> int:
+        """How many tensors of each value it is made from."""
+        return self.forecast.reads
+
+    def __str__(self) -> str:
+        """What tells programs apart, besides ``reads``."""
+        return f"{self.counts} blended {self.blend}"
+
+
+Cell = Action | Forecast | Online | Given | Partial | Selected
+Forecasting = Forecast | Given | Selected  # what takes the place of a value, or of most of it
+Deferred = Online | Partial  # decided, or made in full, at run time
 
 
 @dataclass(frozen=True)
@@ -159,16 +241,6 @@ class GateSpec:
         check_plain(self.options, f"options of gate '{self.name}'")
 
 
-def check_plain(options: Mapping[str, Any], what: str) -> None:
-    """Raise ValueError for options that a schedule file could not hold."""
-    try:
-        survives = json.loads(json.dumps(dict(options), allow_nan=False)) == dict(options)
-    except (TypeError, ValueError):
-        survives = False
-    if not survives:
-        raise ValueError(f"{what} must be plain JSON values (numbers, strings, lists), got {options}")
-
-
 def character(cell: Cell) -> str:
     """The cell in the printed grid."""
     if isinstance(cell, Action):
@@ -177,6 +249,8 @@ def character(cell: Cell) -> str:
         return "g"
     if isinstance(cell, Given):
         return "v"
+    if isinstance(cell, Partial | Selected):
+        return "t"
     return "r" if cell.is_reuse else "f"
 
 
@@ -184,6 +258,9 @@ def cell_to_json(cell: Cell) -> str | dict[str, Any]:
     """Plain values that ``cell_from_json`` reads back to an equal cell."""
     if isinstance(cell, Action):
         return cell.value
+    if isinstance(cell, Partial):
+        named = {name: getattr(cell, name) for name in Partial.__dataclass_fields__}
+        return named | {"options": dict(cell.options), "others": cell_to_json(cell.others)}
     if isinstance(cell, Online):
         found: dict[str, Any] = {"predictor": cell.predictor, "history": cell.history, "options": dict(cell.options)}
         more = {"timed": cell.timed, "probe": cell.probe}
@@ -198,6 +275,11 @@ def cell_from_json(cell: Any) -> Cell:
     """Raises KeyError, TypeError or ValueError for anything that is no cell."""
     if isinstance(cell, str):
         return Action(cell)
+    if "share" in cell:
+        others = cell_from_json(cell["others"])
+        if not isinstance(others, Online):
+            raise ValueError(f"the other tokens of a partial step are forecast by a rule, got {others}")
+        return Partial(**{**cell, "others": others})
     view = View.of(cell["view"]) if "view" in cell else None
     if "predictor" in cell:
         timed, probe = bool(cell.get("timed", False)), str(cell.get("probe", ""))

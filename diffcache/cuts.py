@@ -22,6 +22,7 @@ _UNIT_SHARE = 0.01  # of the denoiser's FLOPs: what a module must hold to count 
 _CUT_POINTS = (0.5, 0.75, 0.9)
 _CUT_WINDOW = 0.15  # of the FLOPs, behind a cut point: where the minimum cut may lie
 _HEAVY_SHARE = 0.002  # of the FLOPs: lighter nodes may stay live on either side of a minimum cut
+_WEIGHTED = frozenset("linear conv1d conv2d conv3d matmul __matmul__ bmm einsum scaled_dot_product_attention".split())
 _SAME_WEIGHT = 0.95  # of a value's FLOPs: a value before it with so much can stand for it
 _MAX_CUT = 3
 
@@ -61,7 +62,7 @@ def deep_candidates(flow: Flow, blocks: Sequence[Block]) -> list[Candidate]:
     In post-dominator terms: a value that feeds a join only, off the latent's own chain, with the weight of several
     modules above it. The one that saves most, which keeps only the shallowest level live, has the role "deepest".
     """
-    below = {node: nodes for node, (_, nodes) in _fed_only(flow, _DEEP_SHARE).items()}
+    below = {node: nodes for node, (_, nodes) in _fed_only(flow, blocks, _DEEP_SHARE).items()}
     weight = {node: sum(flow.flops.get(n.name, 0.0) for n in nodes) for node, nodes in below.items()}
     found = [
         node
@@ -99,8 +100,8 @@ def skips(flow: Flow, blocks: Sequence[Block]) -> list[Skip]:
     """
     found = {}
     for share in (0.0, _DEEP_SHARE):
-        for node, (join, below) in _fed_only(flow, share, CATS if not share else JOINS).items():
-            if _works_apart(flow, blocks, below, join) and not _within_block(flow, blocks, node, join):
+        for node, (join, below) in _fed_only(flow, blocks, share, CATS if not share else JOINS).items():
+            if _works_apart(flow, blocks, below, join):
                 around = tuple(n for n in flow.inputs[join] if _comes_around(flow, n, node))
                 if around:
                     found[join] = Skip(join, node, around)
@@ -110,18 +111,26 @@ def skips(flow: Flow, blocks: Sequence[Block]) -> list[Skip]:
 
 
 def _comes_around(flow: Flow, other: fx.Node, deep: fx.Node) -> bool:
-    """Whether a value was there before the deeper one, but for light work on it (a filter), and much lies between.
+    """Whether a value was there before the deeper one, but for work without weights on it (a filter).
 
     A second stream, or another piece of one tensor, comes around nothing.
     """
     before, beyond = {other, *flow.ancestors(other)}, {deep, *flow.ancestors(deep)}
-    if other not in flow.from_latent or deep in before:
+    if other not in flow.from_latent or deep in before or any(_weighs(flow, node) for node in before - beyond):
         return False
-    own, between = (sum(flow.flops.get(n.name, 0.0) for n in nodes) for nodes in (before - beyond, beyond - before))
-    return own <= _HEAVY_SHARE * flow.total < between
+    return any(_weighs(flow, node) for node in beyond - before)
 
 
-def _fed_only(flow: Flow, share: float, joins: frozenset[str] = JOINS) -> dict[fx.Node, tuple[fx.Node, list[fx.Node]]]:
+def _weighs(flow: Flow, node: fx.Node) -> bool:
+    """Whether a node multiplies with weights."""
+    if node.op == "call_module":
+        return any(parameter.dim() > 1 for parameter in flow.module.get_submodule(str(node.target)).parameters())
+    return target_name(node, flow.module) in _WEIGHTED
+
+
+def _fed_only(
+    flow: Flow, blocks: Sequence[Block], share: float, joins: frozenset[str] = JOINS
+) -> dict[fx.Node, tuple[fx.Node, list[fx.Node]]]:
     """Operands of joins off the latent's chain with a share of the FLOPs -> (join, the nodes that feed only them)."""
     above = flow.post_dominators
     children: dict[fx.Node, list[fx.Node]] = {}
@@ -136,7 +145,9 @@ def _fed_only(flow: Flow, share: float, joins: frozenset[str] = JOINS) -> dict[f
     for node, join in above.items():
         if join is None or node in chain or node not in flow.from_latent or weight[node] < share * flow.total:
             continue
-        if target_name(join, flow.module) in joins and _is_bypassed(flow, node, join, children):
+        if target_name(join, flow.module) not in joins or _within_block(flow, blocks, node, join):
+            continue
+        if _is_bypassed(flow, node, join, children):
             value = _cacheable(flow, node, children, weight)
             if value is not None:
                 found[value] = (join, _subtree(value, children))

@@ -61,6 +61,10 @@ class SiteFinder:
         """The site or probe of a name in the first variant that was taken apart. Raises ValueError for none."""
         return next(iter(self._found.values())).named(name)
 
+    def flops_by_node(self) -> Mapping[str, float]:
+        """FLOPs of every node of the first variant that was taken apart."""
+        return next(iter(self._found.values())).cost.flops
+
     def everywhere(self) -> list[Site]:
         """The sites that all variants so far have, as the first has them."""
         first, *others = self._found.values()

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from diffcache.cost import Cost
-from diffcache.liveness import live_nodes, sources
+from diffcache.liveness import is_root, live_nodes, sources
 from diffcache.tracing.recorder import ModuleCall
 from diffcache.tracing.spec import TensorSpec
 
@@ -121,7 +121,38 @@ class Flow:
 
     def saved(self, values: Collection[fx.Node], anchors: Iterable[fx.Node | None]) -> float:
         """FLOPs that are no longer run when the values are given and the anchors wanted."""
-        return self.total - self._sum(live_nodes(self.graph, values, [a for a in anchors if a is not None]))
+        kept = [anchor for anchor in anchors if anchor is not None]
+        if self._guarded:
+            return self.total - self._sum(live_nodes(self.graph, values, kept))
+        return self._sum(self._dead(values, kept))
+
+    def _dead(self, values: Collection[fx.Node], kept: Collection[fx.Node]) -> list[fx.Node]:
+        """What ``live_nodes`` leaves out, found from the values down: nodes that only dead nodes need."""
+        needs, readers = self._needs
+        left: dict[fx.Node, int] = {}
+        dead = [node for node in dict.fromkeys(values) if node in self.live and not is_root(node)]
+        gone = set(dead)
+        for node in dead:  # grows while it is walked
+            for source in needs[node]:
+                left[source] = left.get(source, readers[source]) - 1
+                if not left[source] and source not in gone and source not in kept and not is_root(source):
+                    gone.add(source)
+                    dead.append(source)
+        return dead
+
+    @functools.cached_property
+    def _guarded(self) -> bool:
+        return any(node.meta.get("guard") for node in self.graph.nodes)
+
+    @functools.cached_property
+    def _needs(self) -> tuple[dict[fx.Node, set[fx.Node]], dict[fx.Node, int]]:
+        """For each live node what must run before it, and how many live nodes need it."""
+        needs = {node: set(sources(node)) & self.live for node in self.order}
+        readers = dict.fromkeys(self.order, 0)
+        for needed in needs.values():
+            for source in needed:
+                readers[source] += 1
+        return needs, readers
 
     # -- module calls ------------------------------------------------------------------------------------------
 

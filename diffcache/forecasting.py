@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from diffcache import predictors
-from diffcache.cells import Forecast, Online, View
+from diffcache.cells import Forecast, Online, Partial, View
 from diffcache.schedule import Row
 
 
@@ -54,7 +54,7 @@ def used(
 
 def check_rules(row: Row) -> None:
     """Raise ValueError for rules of a row that are unknown, lack the probe they look at, or look at none."""
-    for cell in row.cells:
+    for cell in (cell.others if isinstance(cell, Partial) else cell for cell in row.cells):
         view = cell.view if isinstance(cell, Online | Forecast) else None
         if view is not None and view.projection not in ("channels", *predictors.PROJECTIONS):
             raise ValueError(

@@ -10,12 +10,13 @@ from typing import Any
 
 from diffcache import searching
 from diffcache.budget import Budget, Exact, Quality
+from diffcache.profile_record import Profile
 from diffcache.profiling import Calibration
 from diffcache.progress import Report
 from diffcache.recipes import Recipe
 from diffcache.report import CompileReport, relative_error
 from diffcache.runtime import CachedDenoiser
-from diffcache.schedule import Forecast, Schedule
+from diffcache.schedule import Forecast, Partial, Schedule
 from diffcache.targets import Target
 
 
@@ -75,8 +76,8 @@ def judge(
         judged.append((error, denoiser))
     report(f"judge schedules of {calibration.name}", len(candidates) * prompts, len(candidates) * prompts)
     error, chosen = _best(judged, effort)
-    if chosen.schedule.rows and not chosen.steps_forecast:
-        if chosen.schedule.gates and chosen.decisions:
+    if not chosen.schedule.is_exact and not chosen.steps_forecast:
+        if chosen.schedule.is_online and chosen.decisions:
             raise ValueError(
                 f"{chosen.schedule.origin} lets nothing pass on the calibration prompts of {calibration.name}: nothing "
                 "would be cached; allow it a larger change"
@@ -110,16 +111,10 @@ def _report(
     calibration: Calibration, target: Target, chosen: CachedDenoiser, error: float, considered: list[dict[str, Any]]
 ) -> CompileReport:
     schedule, record = chosen.schedule, calibration.profile
-    predicted = None
-    known = all(any(site.name == row.site for site in record.sites) for row in schedule.rows)
-    cells = [cell for row in schedule.rows for cell in row.cells]
-    # of parts with weights of their own a Gram matrix of whole values knows nothing
-    if schedule.rows and known and not any(isinstance(cell, Forecast) and cell.view for cell in cells):
-        predicted = max(searching.predicted_error(record, schedule), 0.0) ** 0.5
     names = tuple(row.site for row in schedule.rows)
     programs = [p for (_, sites, _), p in chosen._programs.items() if sites == names and len(p.sites) == len(names)]
     counts = programs[0].counts(schedule)
-    times = []
+    computed, times = _computed(chosen), []
     for denoiser in (calibration.captured.denoiser, chosen):
         start = time.perf_counter()
         target.generate(denoiser, 0)
@@ -129,16 +124,35 @@ def _report(
         denoiser=calibration.name,
         origin=schedule.origin,
         steps=schedule.steps,
-        computed=len(schedule.computed_steps()),
+        computed=computed,
         nodes=counts["nodes"],
         hoisted=counts["hoisted"],
         cached=max(cached, 0),
         kept=counts["kept"],
         flops_speedup=1.0 / schedule.flops_fraction,
-        predicted_error=predicted,
+        predicted_error=_predicted(record, schedule),
         measured_error=error,
         wall_speedup=times[0] / times[1],
         sites=tuple(row.site for row in schedule.rows),
         memory=str(programs[0].memory(schedule, chosen.pattern)) if schedule.rows else None,
         considered=considered,
     )
+
+
+def _computed(denoiser: CachedDenoiser) -> int:
+    """Steps that were computed in full by the stream that computed most of them in the last generation."""
+    if not denoiser.schedule.is_online:
+        return len(denoiser.schedule.computed_steps())
+    logs = [log for _, log in denoiser.decisions[-denoiser.pattern.streams :]]
+    return max(sum(set(column) <= {"C", "."} for column in log) for log in logs)
+
+
+def _predicted(record: Profile, schedule: Schedule) -> float | None:
+    """What the calibration's Gram matrices say; None where they do not know what will be forecast, or how."""
+    known = all(any(site.name == row.site for site in record.sites) for row in schedule.rows)
+    cells = [cell for row in schedule.rows for cell in row.cells]
+    # of parts and tokens that go their own way a Gram matrix of whole values knows nothing
+    parts = any(isinstance(cell, Partial) or (isinstance(cell, Forecast) and cell.view) for cell in cells)
+    if not schedule.rows or not known or parts or schedule.is_online or schedule.guidance is not None:
+        return None
+    return max(searching.predicted_error(record, schedule), 0.0) ** 0.5

@@ -46,8 +46,14 @@ def measure(name: str) -> Callable[[Measure], Measure]:
 
 @measure("l1")
 def l1(new: Tensor, old: Tensor) -> Tensor:
-    """``mean|new - old| / mean|old|`` (TeaCache, FBCache, SmoothCache)."""
+    """``mean|new - old| / mean|old|`` (TeaCache, FBCache)."""
     return relative_change(new, old)
+
+
+@measure("l1_of_new")
+def l1_of_new(new: Tensor, old: Tensor) -> Tensor:
+    """``mean|new - old| / mean|new|`` (SmoothCache, Block Caching)."""
+    return relative_change(old, new)
 
 
 @measure("l2")

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from diffcache.ops import SMALL
-from diffcache.schedule import Schedule
+from diffcache.schedule import Row, Schedule
 from diffcache.sites import Site
 from diffcache.tracing.spec import TensorSpec
 
@@ -52,30 +52,41 @@ def plan_memory(
     """What a schedule holds at each step: entries that a later forecast still reads, and those written there.
 
     With ``offload`` only what a step reads and writes is on the device, and all that waits is in host memory. Probes
-    that rules look at have entries of their own (``probe_entry``) and stay on the device.
+    that rules look at have entries of their own (``probe_entry``) and stay on the device; so do the keys and values of
+    rows that run on some of their tokens (``token_entry``), which are offloaded with history.
     """
     probes = {
         probe_entry(probe): [row for row in schedule.rows if probe in row.probes]
         for probe in dict.fromkeys(probe for row in schedule.rows for probe in row.probes)
     }
-    entries = dict.fromkeys([*(row.site for row in schedule.rows), *probes], 0)
+    keys = [row for row in schedule.rows if token_entry(row.site) in entry_bytes]
+    entries = dict.fromkeys(
+        [*(row.site for row in schedule.rows), *probes, *(token_entry(row.site) for row in keys)], 0
+    )
     device, host = [], []
     for step in range(schedule.steps):
         waiting = {site: len(steps) for site, steps in schedule.live_after(step - 1).items()} if step else {}
-        waiting |= {row.site: min(step, row.keeps) for row in schedule.rows if row.last_online >= step}
+        newest = {row.site: min(step, schedule.newest_after(row, step - 1)) for row in schedule.rows}
+        waiting |= {site: max(count, waiting.get(site, 0)) for site, count in newest.items() if count}
         written = schedule.writes(step)
         reads = {row.site: n for row, n in zip(schedule.rows, schedule.structure(step).reads, strict=True)}
         held = {row.site: waiting.get(row.site, 0) + (row.site in written) for row in schedule.rows}
+        held |= {token_entry(row.site): _keys_held(schedule, row, step) for row in keys}
         looked_at = {  # those of computed steps, and the one of now
             probe: 1 + max(min(step, row.keeps) if row.last_online >= step else 0 for row in rows)
             for probe, rows in probes.items()
         }
         entries = {site: max(count, (held | looked_at)[site]) for site, count in entries.items()}
-        busy = {site: reads[site] + (site in written) for site in held} if offload else held
+        busy = {site: reads.get(site, held[site]) + (site in written) for site in held} if offload else held
         device.append(sum(count * entry_bytes[site] for site, count in (busy | looked_at).items()))
         host.append(sum(count * entry_bytes[site] for site, count in held.items()) if offload else 0)
     peak = max(range(schedule.steps), key=lambda step: device[step])
     return MemoryPlan(entries, dict(entry_bytes), streams, streams * device[peak], streams * max(host), peak)
+
+
+def _keys_held(schedule: Schedule, row: Row, step: int) -> int:
+    """How many times keys and values of a row are held at a step: the old ones, and those that it makes."""
+    return int(step > 0 and schedule.keeps_tokens(row, step - 1)) + int(schedule.keeps_tokens(row, step))
 
 
 def entry_bytes(graph: fx.Graph, sites: Sequence[Site], small: torch.dtype | None = None) -> dict[str, int]:
@@ -87,6 +98,11 @@ def entry_bytes(graph: fx.Graph, sites: Sequence[Site], small: torch.dtype | Non
 def probe_entry(name: str) -> str:
     """The name under which a probe is counted: it may be a site as well."""
     return f"probe {name}"
+
+
+def token_entry(name: str) -> str:
+    """The name under which the keys and values are counted that a row on some tokens keeps beside its value."""
+    return f"keys of {name}"
 
 
 def can_be_small(spec: Any, small: torch.dtype | None) -> bool:

@@ -18,6 +18,7 @@ from diffcache.passes.eliminate_dead_code import eliminate_dead_code
 from diffcache.passes.flatten_inputs import flatten_inputs
 from diffcache.passes.fuse_forecasts import fuse_forecasts
 from diffcache.passes.hoist_step_invariant import hoist_step_invariant
+from diffcache.passes.subset_tokens import subset_tokens
 from diffcache.passes.take_segment import take_segment
 from diffcache.tracing.printer import format_graph
 
@@ -31,13 +32,14 @@ PREPARE: tuple[Pass, ...] = (
 # once for each distinct column of the schedule
 SPECIALISE: tuple[Pass, ...] = (
     take_segment,  # of a graph that is cut at the probes of its gates
-    apply_schedule,  # forecasts in the place of values: the one approximating pass
+    apply_schedule,  # forecasts in the place of values
+    subset_tokens,  # a few fresh tokens among forecast ones: with the pass before the approximating ones
     drop_dead_writes,  # keep only what a later step reads
     eliminate_dead_code,  # here the saving happens
     fuse_forecasts,  # into the kernels: gated residual adds and modulated norms
 )
 # they fix the calling convention of a program
-REQUIRED = frozenset(("flatten_inputs", "take_segment", "apply_schedule"))
+REQUIRED = frozenset(("flatten_inputs", "take_segment", "apply_schedule", "subset_tokens"))
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,18 @@ Array = NDArray[np.float64]
 # -- greedy walks with a threshold ---------------------------------------------------------------------------------
 
 
-def smooth_cache(errors: Array, *, threshold: float) -> list[int]:
+def smooth_cache(errors: Array, *, threshold: float, far_end: bool = False) -> list[int]:
     """SmoothCache (2024): from a computed step, go as far as every error on the way is within the threshold.
 
     ``errors[s, g]`` is the error at step s of the value made g steps before (its L1 change; column 0 is not read), with
     as many columns as the longest gap may have steps, plus one. Published thresholds 0.08 to 0.35, gaps up to 3.
+
+    With ``far_end`` as its published code does it: the longest gap whose *last* step is within the threshold, whatever
+    the steps between, and the last step of all is computed.
     """
     steps, longest = errors.shape[0], errors.shape[1] - 1
+    if far_end:
+        return _to_far_ends(errors, threshold)
     computed, newest = [0], 0
     for step in range(1, steps):
         gap = step - newest
@@ -36,6 +41,16 @@ def smooth_cache(errors: Array, *, threshold: float) -> list[int]:
             computed.append(step)
             newest = step
     return computed
+
+
+def _to_far_ends(errors: Array, threshold: float) -> list[int]:
+    steps, longest = errors.shape[0], errors.shape[1] - 1
+    computed, step = [], 0
+    while step < steps:
+        computed.append(step)
+        reachable = [g for g in range(1, min(longest, steps - 1 - step) + 1) if errors[step + g, g] <= threshold]
+        step += max(reachable, default=0) + 1
+    return sorted({*computed, steps - 1})
 
 
 def block_caching(changes: Sequence[float], *, threshold: float) -> list[int]:

@@ -15,6 +15,7 @@ from diffcache.recipes import Plan
 from diffcache.report import relative_error
 from diffcache.schedule import Schedule, SiteChoice
 from diffcache.sites import Site
+from diffcache.token_region import token_region
 from diffcache.trajectories import trajectory
 
 
@@ -32,6 +33,15 @@ def plan_of(calibration: Calibration, generate: Generate | None = None, prompts:
         assert generate is not None
         return trajectory(calibration, generate, name, calibration.finder.first(name).residual)
 
+    @functools.cache
+    def refusal(name: str) -> str:
+        site, finder = calibration.finder.first(name), calibration.finder
+        try:
+            token_region(calibration.captured.variants[0].graph_module, site, finder.flops_by_node())
+        except ValueError as error:
+            return str(error)
+        return ""
+
     total = calibration.profile.total_flops
     run = generate or _nothing
 
@@ -47,6 +57,7 @@ def plan_of(calibration: Calibration, generate: Generate | None = None, prompts:
         find=lambda names: [_choice(calibration.finder.first(name), total) for name in names],
         measure_with=None if generate is None else measured,
         error_of=None if generate is None else error,
+        refusal_of=refusal,
         trajectory_of=None if generate is None else values,
     )
 

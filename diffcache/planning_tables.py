@@ -6,7 +6,6 @@ docstrings say where that is a substitute. Everything is a mean over prompts.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -51,7 +50,7 @@ def resample_by_nearest(values: Sequence[float], steps: int) -> list[float]:
     if not len(values) or steps < 1:
         raise ValueError(f"got {len(values)} values to spread over {steps} steps; both must be 1 or more")
     last, scale = len(values) - 1, max(steps - 1, 1)
-    return [float(values[math.floor(step * last / scale + 0.5)]) for step in range(steps)]
+    return [float(values[round(step * last / scale)]) for step in range(steps)]
 
 
 def path_curvature(G: Array, times: Sequence[float] | None = None) -> Array:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from diffcache import predictors
-from diffcache.cells import COMPUTE, Cell, Forecast, Given, Online
+from diffcache.cells import COMPUTE, Cell, Forecast, Given, Online, Selected
 from diffcache.forecasting import times
 from diffcache.memory import in_full
+from diffcache.ops import difference_form, extrapolate
+from diffcache.predictors.from_values import constant
 from diffcache.programs import BASIS, History
 from diffcache.schedule import Schedule
 
@@ -41,7 +43,7 @@ class ProbeHistory:
     def finish(self, step: int, column: Sequence[Cell], made: Sequence[Sequence[int]]) -> None:
         """The step ran: keep its probes where a row was computed, forget those that no forecast reads any more."""
         for name, rows in self.rows.items():
-            if any(column[row] is COMPUTE for row in rows) and name in self._now:
+            if any(column[row] is COMPUTE or isinstance(column[row], Selected) for row in rows) and name in self._now:
                 self.kept[name][step] = self._now[name]
             waiting = [row for row in rows if self.schedule.rows[row].last_online > step]
             wanted = {at for row in waiting for at in made[row][: self.schedule.rows[row].keeps]}
@@ -61,6 +63,15 @@ class ProbeHistory:
             if (row, part, BASIS) not in history:
                 value = in_full(history[row, part, cell.steps[0]])
                 history[row, part, BASIS] = measure(value.to(self._device or value.device), **cell.view.options)
+
+    def value(self, row: int, cell: Forecast | Given, history: History) -> Tensor:
+        """What a forecast gives for the first value of a row, less its anchor where it is kept so."""
+        if isinstance(cell, Given):
+            return extrapolate(None, *cell.made[0])
+        values = [in_full(history[row, 0, step]) for step in cell.steps]
+        values = [value.to(self._device or value.device, non_blocking=True) for value in values]
+        wide = torch.float64 if values[0].dtype == torch.float64 else torch.float32
+        return extrapolate(None, values, constant(difference_form(cell.weights), wide, values[0].device))
 
     def given(self, row: int, cell: Online, made: Sequence[int], step: int, history: History) -> Given:
         """The forecast of a row from the values of its newest computed steps ``made``, and from the probe now.

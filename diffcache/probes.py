@@ -23,11 +23,11 @@ from torch import fx
 
 from diffcache.anatomy import Anatomy
 from diffcache.attention_kinds import attention_operands
-from diffcache.axes import OTHER, names_in
 from diffcache.blocks import Block, call_names, child_candidates, varying
 from diffcache.cuts import output_candidates
 from diffcache.flow import Candidate, target_name
 from diffcache.ranges import is_requested, range_name
+from diffcache.residual_blocks import residual_candidates
 from diffcache.sites import Site, measured, named_site
 from diffcache.timestep import clock_node, timestep_embedding
 
@@ -46,7 +46,7 @@ def find_probes(anatomy: Anatomy, wanted: Iterable[str] = (), clock: str | None 
         ValueError: a wanted probe cannot be made here.
     """
     found = [_latent(anatomy), _output(anatomy), _timestep(anatomy, clock), *_of_first_block(anatomy, clock),
-             *_of_blocks(anatomy), *_of_children(anatomy)]  # fmt: skip
+             *_of_blocks(anatomy), *_of_residual_blocks(anatomy), *_of_children(anatomy)]  # fmt: skip
     probes: dict[str, Site] = {}
     for candidate in found:
         if candidate is not None and candidate.values:
@@ -129,8 +129,13 @@ def _meeting(anatomy: Anatomy, clock: str | None) -> fx.Node | None:
 
 def _streams_into(anatomy: Anatomy, block: Block) -> list[fx.Node]:
     """The inputs of a block that hang on the latent."""
-    flow = anatomy.flow
-    return [n for n in varying(flow, block.inputs) if n in flow.from_latent and flow.readable(n)]
+    return _streams(anatomy, varying(anatomy.flow, block.inputs))
+
+
+def _streams(anatomy: Anatomy, nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """Those that hang on the latent; the stream that it began comes first, as a gate looks at the first value."""
+    found = [n for n in nodes if n in anatomy.flow.from_latent and anatomy.flow.readable(n)]
+    return sorted(found, key=anatomy.foreign)
 
 
 def _query_input(anatomy: Anatomy, call: int) -> fx.Node | None:
@@ -143,13 +148,8 @@ def _query_input(anatomy: Anatomy, call: int) -> fx.Node | None:
     for query, _, _ in operands:
         found = [node for node in _projected(anatomy, query, call) if flow.readable(node)]
         if found:
-            return min(found, key=lambda node: (_is_foreign(anatomy, node), flow.index[node]))
+            return min(found, key=lambda node: (anatomy.foreign(node), flow.index[node]))
     return None
-
-
-def _is_foreign(anatomy: Anatomy, node: fx.Node) -> bool:
-    """Whether a value holds tokens that the latent did not begin, as far as that is known."""
-    return OTHER in names_in(anatomy.axes.get(node, ())) or not anatomy.flow.carries_latent(node)
 
 
 def _projected(anatomy: Anatomy, query: fx.Node, call: int) -> list[fx.Node]:
@@ -189,8 +189,16 @@ def _of_blocks(anatomy: Anatomy) -> Iterable[Candidate]:
             yield _probe(f"modulated:{block.name}", [value], path, block.call)
 
 
+def _of_residual_blocks(anatomy: Anatomy) -> Iterable[Candidate]:
+    """The inputs of blocks whose input has another shape than their output."""
+    flow, names = anatomy.flow, call_names(anatomy.flow)
+    for block in residual_candidates(anatomy):
+        given = [n for n in flow.call_inputs(block.call) if n in flow.from_latent and flow.readable(n)]
+        yield _probe(f"input:{names[block.call]}", given, block.path, block.call)
+
+
 def _of_children(anatomy: Anatomy) -> Iterable[Candidate]:
     flow, names = anatomy.flow, call_names(anatomy.flow)
     for child in child_candidates(flow, anatomy.blocks):
-        given = [n for n in flow.call_inputs(child.call) if n in flow.from_latent and flow.readable(n)]
+        given = _streams(anatomy, flow.call_inputs(child.call))
         yield _probe(f"input:{names[child.call]}", given, child.path, child.call)

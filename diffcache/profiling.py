@@ -22,6 +22,7 @@ from diffcache import gram
 from diffcache.call_pattern import CallPattern, LoggedCall, find_pattern, log_call
 from diffcache.cost import Cost
 from diffcache.finding import SiteFinder
+from diffcache.guided_calls import with_branches
 from diffcache.memory import MemoryPlan, entry_bytes, plan_memory, probe_entry
 from diffcache.options import RunOptions
 from diffcache.profile_record import Profile, SiteProfile
@@ -31,6 +32,7 @@ from diffcache.report import relative_error
 from diffcache.runtime import CachedDenoiser
 from diffcache.schedule import COMPUTE, Forecast, Row, Schedule
 from diffcache.sites import Site
+from diffcache.token_programs import TokenRegions
 from diffcache.tracing.captured import Captured
 from diffcache.tracing.errors import GuardFailed
 from diffcache.tracing.session import Bound
@@ -71,6 +73,10 @@ class Calibration:
         looks = [self.finder.first(name) for row in schedule.rows for name in row.probes]
         first = [replace(probe, values=probe.values[:1]) for probe in looks]
         sizes |= {probe_entry(name): size for name, size in entry_bytes(self.graph, first).items()}
+        if schedule.is_online:
+            sizes |= TokenRegions(self.captured.variants[0].graph_module, sites, self.finder.flops_by_node()).sizes(
+                schedule
+            )
         return plan_memory(schedule, sizes, streams=self.pattern.streams, offload=options.offload_history)
 
 
@@ -216,7 +222,7 @@ def calibrate(
         sketches.append(observer.sketches)
         references.append(result)
     report(f"profile {name}", prompts, prompts)
-    pattern = find_pattern(generations, min_steps)
+    pattern = with_branches(find_pattern(generations, min_steps), generations)
     for index, calls in enumerate(generations):
         steps = max(Counter(call.stream for call in calls).values())
         if steps != pattern.steps:

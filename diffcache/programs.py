@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import fx
 
 from diffcache.call_pattern import CallPattern
-from diffcache.cells import Given
+from diffcache.cells import Given, Selected
 from diffcache.graphs import count_ops
 from diffcache.lower import lower
 from diffcache.memory import Kept, MemoryPlan, entry_bytes, plan_memory, probe_entry, spec_bytes
@@ -18,8 +19,9 @@ from diffcache.options import RunOptions
 from diffcache.pipeline import PREPARE, SPECIALISE, PassReport, run_passes
 from diffcache.progress import waiting
 from diffcache.schedule import COMPUTE, SKIP, Cell, Schedule
-from diffcache.segments import Cuts, in_order, segment_numbers
+from diffcache.segments import Cuts, before_check, in_order, segment_numbers
 from diffcache.sites import Site
+from diffcache.token_programs import NEWEST, TokenRegions, part_flops, without_tokens
 from diffcache.tracing import tree
 from diffcache.tracing.session import Bound
 from diffcache.tracing.variant import Variant
@@ -44,6 +46,27 @@ class Program:
         self.order = [str(node.target) for node in module.graph.nodes if node.op == "placeholder"][
             len(module.meta["inputs"]) :
         ]
+
+    @functools.cached_property
+    def effect(self) -> str:
+        """The first node that would change something for a program that runs after this one; empty for none."""
+        nodes = self.module.graph.nodes
+        given = {node.meta.get("storage") for node in nodes if node.op in ("placeholder", "get_attr")} - {None}
+        for node in nodes:
+            in_place = node.op == "call_method" and str(node.target).endswith("_")
+            written = node.all_input_nodes[:1] if in_place else node.all_input_nodes
+            lasting = node.meta.get("writes") and any(source.meta.get("storage") in given for source in written)
+            if node.meta.get("random") or node.meta.get("persistent") or lasting:
+                return str(node.name)
+        return ""
+
+    def refuse_effects(self) -> None:
+        """Raise ValueError if it cannot be run before another program of the same segment as if it had not been."""
+        if self.effect:
+            raise ValueError(
+                f"{self.title} checks a forecast and may have to run again, but '{self.effect}' draws random numbers "
+                "or writes into what was there before; use a gate that decides before the step"
+            )
 
     def __call__(
         self,
@@ -85,6 +108,12 @@ class Program:
         """One tensor that a forecast is made from, or the weights of one value of a site."""
         row, value, *age = place
         cell = cells[row]
+        if isinstance(cell, Selected):
+            if not age:
+                return (cell.tokens if kind == "tokens" else cell.clusters)[value]
+            kept = history[row, value, NEWEST if value >= len(cell.counts) else cell.forecast.steps[age[0]]]
+            assert isinstance(kept, torch.Tensor)
+            return kept
         if isinstance(cell, Given):
             tensors, table = cell.made[value]
             return tensors[age[0]] if age else table
@@ -108,6 +137,7 @@ class Programs:
         sites: Sequence[Site],
         *,
         probes: Sequence[Site] = (),
+        checks: Mapping[str, Sequence[int]] | None = None,
         flops: Mapping[str, float] | None = None,
         options: RunOptions = RunOptions(),  # noqa: B008  (frozen)
         title: str = "denoiser",
@@ -115,6 +145,7 @@ class Programs:
         self.variant, self.sites, self.probes = variant, tuple(sites), tuple(probes)
         self.options, self.title = options, title
         self._flops = flops or {}
+        self.regions = TokenRegions(variant.graph_module, self.sites, self._flops)
         named = frozenset(name for site in (*sites, *probes) for name in (*site.values, *site.anchors) if name)
         hoisting = {"hoist_step_invariant": {"invariant": frozenset(invariant), "named": named}}
         self.reports: list[PassReport]
@@ -125,8 +156,10 @@ class Programs:
         self.prologue: Callable[..., Any] | None = None if prologue is None else lower(prologue, options.backend)
         self.prologue_module: fx.GraphModule | None = prologue
         self.paths: tuple[tree.Path, ...] = self.body.meta["inputs"]
-        self.cuts = in_order(self.body.graph, probes)
+        self.checks = dict(checks or {}) if self.sites else {}
+        self.cuts = self._cuts()
         self.rows = self._rows()
+        self._refuse_scattered_checks()
         self._programs: dict[Any, Program] = {}
         self._owners = _owners(prologue) if prologue is not None else []
 
@@ -142,15 +175,46 @@ class Programs:
         cells = blank(schedule.column(step) if column is None else column, rows)
         structure = schedule.structure(step, cells)
         writes = structure.writes & {schedule.rows[row].site for row in rows}
-        key = (segment, structure.kinds, structure.reads, writes, structure.views)
+        key = (segment, structure.kinds, structure.reads, writes, structure.views, structure.tokens)
         found = self._programs.get(key)
         if found is None:
             live = [row for row, site in enumerate(schedule.rows) if site.site in writes]
             part = f"segment{segment}-" if self.cuts else ""
             title = f"{self.title}-{part}column{len(self._programs):02d}"
-            found = self._specialise(cells, live, title, self.cuts, segment)
+            keeping = [n for n, row in enumerate(schedule.rows) if schedule.keeps_tokens(row, step)]
+            found = self._specialise(cells, live, title, self.cuts, segment, keeping)
             self._programs[key] = found
         return found
+
+    def _cuts(self) -> list[list[Site]]:
+        """A cut for each place in the graph with a probe, and one before each check that is made on a forecast."""
+        cuts: list[list[Site]] = []
+        for cut in in_order(self.body.graph, self.probes):
+            for probe in cut:
+                forecast = [self.sites[row] for row in self.checks.get(probe.name, ())]
+                before = before_check(self.body.graph, probe, forecast) if forecast else None
+                cuts += [[before]] if before is not None else []
+            cuts.append(cut)
+        return cuts
+
+    def _refuse_scattered_checks(self) -> None:
+        """Raise ValueError where a check and what it is made on do not run as one segment of their own."""
+        of_cut = {probe.name: number for number, cut in enumerate(self.cuts) for probe in cut}
+        for name, rows in self.checks.items():
+            here = of_cut[name]
+            all_rows = [*rows, *(row for row, site in enumerate(self.sites) if site.name == name)]
+            segments = {row: [n for n, part in enumerate(self.rows) if row in part] for row in all_rows}
+            away = [self.sites[row].name for row in all_rows if segments[row] != [here]]
+            others = [other for other in self.checks if other != name and of_cut[other] == here]
+            if away or others:
+                raise ValueError(
+                    f"'{name}' cannot be checked on forecasts of {away or others}: these are to be computed after all "
+                    "other probes and before it; check the block that reads what is forecast"
+                )
+
+    def kept_as(self, row: int, value: int, step: int) -> tuple[int, int, int]:
+        """Where in history a written value stands; of keys and values only the newest are kept."""
+        return row, value, step if value < len(self.sites[row].values) else NEWEST
 
     def _rows(self) -> list[list[int]]:
         """For each segment the rows with a value in it."""
@@ -178,18 +242,26 @@ class Programs:
         return found
 
     def _specialise(
-        self, cells: Sequence[Cell], live: Sequence[int], title: str, cuts: Cuts = (), segment: int = 0
+        self,
+        cells: Sequence[Cell],
+        live: Sequence[int],
+        title: str,
+        cuts: Cuts = (),
+        segment: int = 0,
+        keeping: Collection[int] = (),
     ) -> Program:
         sites = self.sites if cells else ()
+        first = {row: len(site.values) for row, site in enumerate(sites) if row not in keeping}
         options: dict[str, dict[str, Any]] = {
             "take_segment": {"cuts": cuts, "number": segment, "sites": sites},
-            "apply_schedule": {"sites": sites, "cells": cells, "small": self.options.small},
-            "drop_dead_writes": {"live": live},
+            "apply_schedule": {"sites": sites, "cells": without_tokens(cells), "small": self.options.small},
+            "subset_tokens": {"token_rows": self.regions.token_rows(cells, keeping)},
+            "drop_dead_writes": {"live": live, "first": first},
         }
         module, reports = run_passes(self.body, SPECIALISE, options, title=title, disable=self.options.disable_passes)
         self.reports += reports
-        names = [node.meta.get("captured_as", node.name) for node in module.graph.nodes if node.op != "placeholder"]
-        return Program(module, self.options.backend, title, sum(self._flops.get(name, 0.0) for name in names))
+        nodes = [node for node in module.graph.nodes if node.op != "placeholder"]
+        return Program(module, self.options.backend, title, sum(part_flops(node, self._flops) for node in nodes))
 
     def made(self) -> list[Program]:
         """The programs of columns that were needed so far."""
@@ -212,10 +284,11 @@ class Programs:
         inputs = [node for node in self.body.graph.nodes if node.op == "placeholder"]
         latent = [node for node, path in zip(inputs, self.paths, strict=False) if path == pattern.probe]
         sizes |= {probe_entry("latent"): spec_bytes(node.meta.get("val")) for node in latent}
+        sizes |= self.regions.sizes(schedule)
         return plan_memory(schedule, sizes, streams=pattern.streams, offload=self.options.offload_history)
 
-    def check_order(self, looks: Mapping[str, Collection[str]]) -> None:
-        """Raise ValueError where what is looked at (by site) is not computed before the site."""
+    def check_order(self, schedule: Schedule, looks: Mapping[str, Collection[str]]) -> None:
+        """Raise ValueError where what is looked at (by site) is not computed before the site, or some tokens cannot."""
         cut_of = {probe.name: number for number, cut in enumerate(self.cuts) for probe in cut}
         for row, site in enumerate(self.sites):
             first = min(number for number, rows in enumerate(self.rows) if row in rows)
@@ -225,10 +298,15 @@ class Programs:
                     f"site '{site.name}' is computed no later than {late}, which decide about it; "
                     "look at something that lies before the site"
                 )
+        if self.sites:
+            places: dict[int, set[str]] = {}
+            for node, number in segment_numbers(self.body.graph, self.cuts).items():
+                places.setdefault(number, set()).add(node.meta.get("captured_as", node.name))
+            self.regions.check(schedule, list(places.values()))
 
     def counts(self, schedule: Schedule) -> dict[str, int]:
         """Ops of the capture, hoisted, and left in the cheapest column."""
-        if schedule.is_online:  # what was decided so far
+        if schedule.is_online and schedule.rows:  # what was decided so far
             parts = [[p for (n, *_), p in self._scheduled() if n == number] for number in range(len(self.cuts) + 1)]
             ops = [sum(min((count_ops(p.module.graph) for p in part), default=0) for part in parts)]
         else:

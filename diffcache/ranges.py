@@ -3,9 +3,11 @@
 Enters: an ``Anatomy`` and a name. Leaves: a candidate, or a ValueError that says what can be asked for instead.
 
 * ``blocks[first:last]``: what blocks ``first`` to ``last - 1`` of the trunk add to the streams that enter them. Counted
-  as Python slices are; both stacks of a joint-attention transformer count on through. ``Fn`` and ``Bn`` of DBCache.
+  as Python slices are; both stacks of a joint-attention transformer count on through. ``Fn`` and ``Bn`` of DBCache. The
+  stream that the latent began comes first, text behind it.
 * ``prefix[b]``: the streams behind block ``b``, as they are: nothing up to it runs (BlockDance).
 * ``deep[b]``: DeepCache's feature at branch ``b``, 0 the shallowest: all that lies deeper than skip ``b`` is dead.
+* ``output-latent``: what the denoiser returns less what it was handed, where the two have one shape (EasyCache).
 * ``encoder``: what the deepest layers hand up and every skip: the way down and the middle are dead (FasterDiffusion).
 """
 
@@ -13,11 +15,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from torch import fx
 
 from diffcache.anatomy import Anatomy
 from diffcache.blocks import MAX_VALUES, paired, stack_cut, varying
+from diffcache.cuts import output_candidates
 from diffcache.flow import Candidate
 
 _RANGE = re.compile(r"blocks\[(-?\d+)?:(-?\d+)?\]")
@@ -44,23 +48,40 @@ def deep_name(branch: int) -> str:
 
 def is_requested(name: str) -> bool:
     """Whether a name asks for a site that is made on request."""
-    return name == "encoder" or bool(_RANGE.fullmatch(name) or _INDEXED.fullmatch(name))
+    return name in ("encoder", "output-latent") or bool(_RANGE.fullmatch(name) or _INDEXED.fullmatch(name))
 
 
 def requested(anatomy: Anatomy, name: str) -> Candidate:
     """The candidate that a name of this module's forms asks for. Raises ValueError where the denoiser has none."""
     if name == "encoder":
         return _encoder(anatomy)
+    if name == "output-latent":
+        return _transform(anatomy)
     if found := _RANGE.fullmatch(name):
         first, last = (int(text) if text else None for text in found.groups())
         return _range(anatomy, name, *_span(anatomy, name, first, last))
     found = _INDEXED.fullmatch(name)
     if found is None:
         raise ValueError(
-            f"'{name}' asks for no site; the forms are blocks[first:last], prefix[block], deep[branch] and encoder"
+            f"'{name}' asks for no site; the forms are blocks[first:last], prefix[block], deep[branch], encoder and "
+            "output-latent"
         )
     kind, index = found[1], int(found[2])
     return _prefix(anatomy, name, index) if kind == "prefix" else _deep(anatomy, name, index)
+
+
+def _transform(anatomy: Anatomy) -> Candidate:
+    flow = anatomy.flow
+    output, latent = next(output_candidates(flow), None), flow.latent
+    if output is None or latent is None or len(output.values) != 1:
+        raise ValueError("'output-latent' needs a denoiser that is handed one latent and returns one tensor")
+    if not flow.readable(latent) or not flow.alike(output.values[0], latent):
+        shapes = [getattr(flow.spec(node), "shape", None) for node in (output.values[0], latent)]
+        raise ValueError(
+            f"'output-latent' needs a result of the latent's shape and dtype; got {shapes[0]} and {shapes[1]}. Ask for "
+            "the output itself"
+        )
+    return Candidate("range", "output-latent", output.values, (latent,), "")
 
 
 # -- runs of blocks -------------------------------------------------------------------------------------------------
@@ -91,6 +112,9 @@ def _range(anatomy: Anatomy, name: str, first: int, last: int) -> Candidate:
     values, anchors = _residual(anatomy, first, last)
     if not values or all(anchor is None for anchor in anchors):
         raise ValueError(f"'{name}': {_complaint(anatomy, first, last, values)}")
+    # the stream that the latent began comes first: it is what a gate looks at (FBCache, DBCache)
+    pairs = sorted(zip(values, anchors, strict=True), key=lambda pair: anatomy.foreign(pair[0]))
+    values, anchors = tuple(value for value, _ in pairs), tuple(anchor for _, anchor in pairs)
     return Candidate("range", name, values, anchors, _path(anatomy, first), anatomy.trunk[first].call)
 
 
@@ -152,10 +176,11 @@ def _complaint(anatomy: Anatomy, first: int, last: int, values: Nodes) -> str:
             "last block"
         )
     count = len(anatomy.trunk)
-    ends = [end for end in range(first + 1, count + 1) if end != last and _is_site(anatomy, first, end)]
-    starts = [start for start in range(last) if start != first and _is_site(anatomy, start, last)]
-    nearest = [(first, end) for end in sorted(ends, key=lambda end: abs(end - last))[:2]]
-    nearest += [(start, last) for start in sorted(starts, key=lambda start: abs(start - first))[:2]]
+    others = [(first, end) for end in range(first + 1, count + 1)], [(start, last) for start in range(last)]
+    nearest: list[tuple[int, int]] = []
+    for runs in others:
+        runs.sort(key=lambda run: abs(run[0] - first) + abs(run[1] - last))
+        nearest += islice((run for run in runs[1:] if _is_site(anatomy, *run)), 2)
     ways = [range_name(*way) for way in nearest] + [prefix_name(last - 1)]
     return (
         f"the stream that leaves block {last - 1} has another shape than the one that enters block {first}, so there "

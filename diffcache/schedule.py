@@ -19,14 +19,20 @@ from diffcache.cells import (
     SKIP,
     Action,
     Cell,
+    Deferred,
     Forecast,
     Forecasting,
     GateSpec,
     Online,
+    Partial,
+    Selected,
     cell_from_json,
     cell_to_json,
     character,
 )
+from diffcache.documents import read_document
+from diffcache.guidance import DECIDE, SAMPLES, Guidance, guidance_from_json
+from diffcache.token_reads import Lookers, keeps_tokens, lookers, token_structure
 
 FORMAT = "diffcache.schedule"
 VERSION = 1
@@ -46,8 +52,8 @@ class Row:
 
     @property
     def keeps(self) -> int:
-        """How many of the newest computed values its online cells read."""
-        return max((cell.history for cell in self.cells if isinstance(cell, Online)), default=0)
+        """How many of the newest computed values its online and partial cells read."""
+        return max((cell.history for cell in self.cells if isinstance(cell, Deferred)), default=0)
 
     @property
     def probes(self) -> tuple[str, ...]:
@@ -56,8 +62,13 @@ class Row:
 
     @cached_property
     def last_online(self) -> int:
-        """The last step that is decided at run time; -1 for none."""
-        return max((step for step, cell in enumerate(self.cells) if isinstance(cell, Online)), default=-1)
+        """The last step that is decided, or runs on some tokens, at run time; -1 for none."""
+        return max((step for step, cell in enumerate(self.cells) if isinstance(cell, Deferred)), default=-1)
+
+    @cached_property
+    def last_partial(self) -> int:
+        """The last step at which only some tokens are computed; -1 for none."""
+        return max((step for step, cell in enumerate(self.cells) if isinstance(cell, Partial)), default=-1)
 
     def last_reads(self) -> dict[int, int]:
         """Computed step -> the last step whose forecast reads it; steps that nobody reads are missing."""
@@ -93,15 +104,17 @@ class Structure:
     """What decides which program a step needs: two steps with equal structure share one.
 
     ``kinds`` is the step's column of the printed grid, one character a row; ``reads`` the history tensors each row
-    reads; ``writes`` the sites whose value is kept; ``views`` the part of each row that is forecast otherwise. Weights
-    are inputs of a program, so they do not count, except that plain reuse (``r``) is told apart from a forecast
-    (``f``): it needs no operation.
+    reads; ``writes`` the sites whose value is kept; ``views`` the part of each row that is forecast otherwise;
+    ``tokens`` how many tokens of a row are computed, and whether its keys and values are kept. Weights are inputs of a
+    program, so they do not count, except that plain reuse (``r``) is told apart from a forecast (``f``): it needs no
+    operation.
     """
 
     kinds: str
     reads: tuple[int, ...]
     writes: frozenset[str]
     views: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,7 +122,10 @@ class Schedule:
     """Decisions for a whole generation of ``steps`` steps; rows that are missing are computed at every step.
 
     ``clock`` holds the timestep values it was calibrated at, ``origin`` says how it was made, and ``flops_fraction`` is
-    the share of the uncached generation's FLOPs that is still computed. Raises ValueError for anything inconsistent.
+    the share of the uncached generation's FLOPs that is still computed. ``guidance`` says what becomes of the
+    unconditional branch; without it both branches follow the rows. The branches of a generation decide each for itself
+    (``decide="separate"``) or all follow the one called first ("shared"); the samples of a batch decide together, or
+    each for itself (``samples="alone"``). Raises ValueError for anything inconsistent.
     """
 
     steps: int
@@ -118,6 +134,9 @@ class Schedule:
     clock: tuple[float, ...] = ()
     origin: str = ""
     flops_fraction: float = 1.0
+    guidance: Guidance | None = None
+    decide: str = "separate"
+    samples: str = "together"
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -132,8 +151,16 @@ class Schedule:
             raise ValueError(f"sites {twice} have more than one row; merge their cells into one row each")
         for row in self.rows:
             _check_row(row, self.steps)
+        self._lookers  # noqa: B018  (checks them)
         for step in range(self.steps):
             _check_column(self.rows, step)
+        if self.decide not in DECIDE or self.samples not in SAMPLES:
+            raise ValueError(
+                f"decide is {self.decide!r} and samples {self.samples!r}; expected {' or '.join(DECIDE)}, and "
+                f"{' or '.join(SAMPLES)}"
+            )
+        if self.guidance is not None:
+            self.guidance.check(self.steps)
 
     @classmethod
     def exact(cls, steps: int) -> Schedule:
@@ -146,8 +173,10 @@ class Schedule:
         return tuple(row.cells[step] for row in self.rows)
 
     def computed_steps(self) -> tuple[int, ...]:
-        """Steps at which no site is or may be forecast: the denoiser runs in full."""
+        """Steps at which no site is or may be forecast, and no branch left out: the denoiser runs in full."""
         forecast = {step for row in self.rows for step, cell in enumerate(row.cells) if not isinstance(cell, Action)}
+        if self.guidance is not None:
+            forecast.update(self.guidance.left_out(self.steps))
         return tuple(step for step in range(self.steps) if step not in forecast)
 
     @cached_property
@@ -162,7 +191,13 @@ class Schedule:
     @property
     def is_online(self) -> bool:
         """Whether anything is decided at run time."""
-        return bool(self.gates) or any(row.keeps for row in self.rows)
+        gated = bool(self.gates) or (self.guidance is not None and self.guidance.gate is not None)
+        return gated or any(row.keeps for row in self.rows)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether everything is computed at every step."""
+        return len(self.computed_steps()) == self.steps
 
     def writes(self, step: int, column: Sequence[Cell] | None = None) -> frozenset[str]:
         """Sites whose value computed at this step is (or may be) read by a later forecast; no other need be kept.
@@ -174,8 +209,19 @@ class Schedule:
         return frozenset(
             row.site
             for row, reads, cell in zip(self.rows, self._last_reads, decided, strict=True)
-            if step in reads or (row.last_online > step and (cell is COMPUTE or isinstance(cell, Online)))
+            if step in reads
+            or (self.newest_after(row, step) and (cell is COMPUTE or isinstance(cell, Deferred | Selected)))
         )
+
+    def newest_after(self, row: Row, step: int) -> int:
+        """How many of the newest values of a row are kept after a step for what is decided at run time."""
+        looked_at = max((looks for last, looks, _ in self._lookers[row.site] if last > step), default=0)
+        return max(row.keeps if row.last_online > step else 0, looked_at)
+
+    def keeps_tokens(self, row: Row, step: int) -> bool:
+        """Whether a later step on some tokens looks at the keys and values that are known of a row after this one."""
+        looked_at = [last for last, _, attended in self._lookers[row.site] if attended]
+        return keeps_tokens(row, step, looked_at)
 
     def live_after(self, step: int) -> dict[str, tuple[int, ...]]:
         """Site -> the computed steps (newest first) whose values a forecast after ``step`` still reads."""
@@ -189,9 +235,16 @@ class Schedule:
     def structure(self, step: int, column: Sequence[Cell] | None = None) -> Structure:
         """What the program of this step depends on; ``column`` is what was decided at run time."""
         cells = self.column(step) if column is None else tuple(column)
-        reads = tuple(cell.reads if isinstance(cell, Forecasting) else 0 for cell in cells)
+        reads = tuple(
+            cell.reads if isinstance(cell, Forecasting) else cell.others.history if isinstance(cell, Partial) else 0
+            for cell in cells
+        )
         views = tuple(str(cell.view) if isinstance(cell, Forecast) and cell.view else "" for cell in cells)
-        return Structure("".join(map(character, cells)), reads, self.writes(step, cells), views if any(views) else ())
+        tokens = tuple(
+            token_structure(cell, self.keeps_tokens(row, step)) for row, cell in zip(self.rows, cells, strict=True)
+        )
+        kinds = "".join(map(character, cells))
+        return Structure(kinds, reads, self.writes(step, cells), *(p if any(p) else () for p in (views, tokens)))
 
     def distinct_columns(self) -> dict[Structure, tuple[int, ...]]:
         """Structure -> the steps that share it, in the order of first appearance: one program is needed for each."""
@@ -205,7 +258,7 @@ class Schedule:
         """Keep the forecasts of these sites and compute all others: the move for bisecting a bad result.
 
         ``flops_fraction`` is kept, and is then only a lower bound. Cells skipped because they lay inside a site that is
-        computed again are computed too.
+        computed again are computed too, and so are both branches of guidance.
         """
         known = [row.site for row in self.rows]
         unknown = sorted(set(sites) - set(known))
@@ -219,7 +272,7 @@ class Schedule:
             if row.site in sites:
                 cells = (COMPUTE if c is SKIP and t not in covered else c for t, c in enumerate(row.cells))
             rows.append(replace(row, cells=tuple(cells)))
-        return replace(self, rows=tuple(rows), origin=f"{self.origin} only {sorted(sites)}".strip())
+        return replace(self, rows=tuple(rows), guidance=None, origin=f"{self.origin} only {sorted(sites)}".strip())
 
     def to_json(self) -> str:
         """Text that ``from_json`` reads back to an equal schedule."""
@@ -240,13 +293,16 @@ class Schedule:
                 }
                 for row in self.rows
             ],
+            "guidance": None if self.guidance is None else self.guidance.to_json(),
+            "decide": self.decide,
+            "samples": self.samples,
         }
         return json.dumps(document, indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Schedule:
         """Read what ``to_json`` wrote. Raises ValueError for anything else, and for files of a newer version."""
-        document = _read_document(text)
+        document = read_document(text, FORMAT, VERSION)
         try:
             return cls(
                 steps=document["steps"],
@@ -255,6 +311,9 @@ class Schedule:
                 clock=tuple(float(value) for value in document["clock"]),
                 origin=document["origin"],
                 flops_fraction=float(document["flops_fraction"]),
+                guidance=guidance_from_json(document.get("guidance")),
+                decide=document.get("decide", "separate"),
+                samples=document.get("samples", "together"),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
@@ -262,7 +321,8 @@ class Schedule:
             ) from error
 
     def __str__(self) -> str:
-        """The readable grid: C compute, r reuse, f forecast, g gated, . skipped inside another site's forecast.
+        """The readable grid: C compute, r reuse, f forecast, g gated, t computed for some tokens, . skipped in another
+        site's forecast, - left out.
 
         In the columns that a run comes to (``CachedDenoiser.decisions``) v is a forecast whose weights were made from
         values.
@@ -272,14 +332,21 @@ class Schedule:
             f"schedule: {len(self.rows)} sites x {self.steps} steps, "
             f"{100 * self.flops_fraction:.0f} % of FLOPs computed, {programs} programs"
         ]
-        width = max((len(row.site) for row in self.rows), default=4)
-        lines += [f"  {row.site:<{width}}  {''.join(map(character, row.cells))}" for row in self.rows]
+        grid = [(row.site, "".join(map(character, row.cells))) for row in self.rows]
+        if self.guidance is not None:
+            grid.append((f"unconditional ({self.guidance.rule})", self.guidance.printed(self.steps)))
+        width = max((len(name) for name, _ in grid), default=4)
+        lines += [f"  {name:<{width}}  {cells}" for name, cells in grid]
         ruler = "".join(f"{step:<5}" for step in range(0, self.steps, 5)).rstrip()
         return "\n".join([*lines, f"  {'step':<{width}}  {ruler}"])
 
     @cached_property
     def _last_reads(self) -> tuple[dict[int, int], ...]:
         return tuple(row.last_reads() for row in self.rows)
+
+    @cached_property
+    def _lookers(self) -> Lookers:
+        return lookers(self.rows)
 
     def _checked(self, step: int) -> None:
         if not 0 <= step < self.steps:
@@ -292,18 +359,18 @@ def _check_row(row: Row, steps: int) -> None:
     for step, cell in enumerate(row.cells):
         if isinstance(cell, Action | Online):
             continue
-        if not isinstance(cell, Forecast):
+        if not isinstance(cell, Forecast | Partial):
             raise ValueError(
-                f"site '{row.site}' has {cell!r} at step {step}; expected COMPUTE, SKIP, a Forecast or Online"
+                f"site '{row.site}' has {cell!r} at step {step}; expected COMPUTE, SKIP, a Forecast, Online or Partial"
             )
         if not any(earlier is COMPUTE for earlier in row.cells[:step]):
             raise ValueError(f"site '{row.site}' forecasts step {step}, but nothing is cached yet; compute it earlier")
-        for read in cell.steps:
+        for read in cell.steps if isinstance(cell, Forecast) else ():
             if not 0 <= read < step:
                 raise ValueError(
                     f"site '{row.site}' at step {step} reads step {read}; a forecast may read only earlier steps"
                 )
-            if row.cells[read] is not COMPUTE:
+            if row.cells[read] is not COMPUTE and not isinstance(row.cells[read], Partial):
                 raise ValueError(
                     f"site '{row.site}' at step {step} reads step {read}, where it is not computed; "
                     f"it is computed at {[t for t, c in enumerate(row.cells[:step]) if c is COMPUTE]}"
@@ -323,22 +390,3 @@ def _row_from_json(row: dict[str, Any]) -> Row:
     gate = row.get("gate")
     spec = None if gate is None else GateSpec(gate["name"], gate["options"])
     return Row(str(row["site"]), bool(row["residual"]), tuple(map(cell_from_json, row["cells"])), spec)
-
-
-def _read_document(text: str) -> dict[str, Any]:
-    try:
-        document = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"this is no schedule file: it is not JSON ({error}); expected the output of to_json()"
-        ) from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ValueError(f"this is JSON but no schedule file: it lacks 'format': '{FORMAT}'")
-    version = document.get("version")
-    if not isinstance(version, int) or version < 1:
-        raise ValueError(f"this schedule file has no usable version number (got {version!r}, expected 1 to {VERSION})")
-    if version > VERSION:
-        raise ValueError(
-            f"this schedule file has version {version}, this diffcache reads up to {VERSION}; upgrade diffcache"
-        )
-    return document

@@ -133,7 +133,7 @@ def named_site(anatomy: Anatomy, name: str, sites: Sequence[Site] = ()) -> Site:
     if not is_requested(name):
         raise ValueError(
             f"no site is named '{name}'; there are {', '.join(site.name for site in sites) or 'none'}, and on request "
-            "blocks[first:last], prefix[block], deep[branch] and encoder"
+            "blocks[first:last], prefix[block], deep[branch], encoder and output-latent"
         )
     return measured(anatomy, requested(anatomy, name))
 

@@ -31,6 +31,8 @@ class TokenRegion:
         nodes: names of the nodes that run for the site's values alone.
         share: the share of the region's FLOPs that runs on selected tokens only.
         bytes_kept: bytes of one entry of ``kept``.
+        attended: for each of the site's values where in ``kept`` stands what the last attention takes from its tokens,
+            [batch, heads, tokens, channels], and the place of its first token there; None where that is not known.
     """
 
     site: str
@@ -39,6 +41,7 @@ class TokenRegion:
     nodes: frozenset[str]
     share: float
     bytes_kept: int
+    attended: tuple[tuple[int, int] | None, ...] = ()
 
 
 def token_region(module: fx.GraphModule, site: Site, flops: Mapping[str, float]) -> TokenRegion:
@@ -80,7 +83,22 @@ def token_region(module: fx.GraphModule, site: Site, flops: Mapping[str, float])
         frozenset(node.name for node in nodes),
         share,
         sum(spec.bytes for spec in specs if isinstance(spec, TensorSpec)),
+        _attended(axes, list(kept)),
     )
+
+
+def _attended(axes: TokenAxes, kept: Sequence[fx.Node]) -> tuple[tuple[int, int] | None, ...]:
+    """Where the values of the last attention hold each stream: their number among ``kept``, and the first token."""
+    if not kept:
+        return (None,) * len(axes.values)
+    values, shape = kept[-1], shape_of(kept[-1]) or ()
+    if len(shape) != 4 or shape[0] != axes.batch_size or axes.token_axis(values) != 2:
+        return (None,) * len(axes.values)
+    starts, start = {axes.token_root(values): 0}, 0
+    for part, length in axes.labels.parts(axes.token_root(values)):
+        starts.setdefault(part, start)
+        start += length
+    return tuple((len(kept) - 1, starts[root]) if root in starts else None for root in axes.streams)
 
 
 def region_nodes(graph: fx.Graph, values: Sequence[fx.Node], anchors: Collection[fx.Node]) -> list[fx.Node]:

@@ -9,7 +9,7 @@ To add one: write the function, decorate it with ``@token_score("name")``; tests
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 Score = Callable[..., torch.Tensor]
 
 TOKEN_SCORES: dict[str, Score] = {}
+_LOOKS_AT: dict[str, tuple[str, ...]] = {}
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,30 @@ class TokenView:
     grid: tuple[int, int] | None = None
 
 
-def token_score(name: str) -> Callable[[Score], Score]:
-    """Register a score under ``name``. Raises ValueError when the name is taken."""
+def token_score(name: str, looks_at: tuple[str, ...] = ()) -> Callable[[Score], Score]:
+    """Register a score under ``name``. ``looks_at`` says that it needs "before" or "attended" of its view.
+
+    Raises:
+        ValueError: the name is taken.
+    """
 
     def register(score: Score) -> Score:
         if name in TOKEN_SCORES:
             raise ValueError(f"token score '{name}' is registered already ({TOKEN_SCORES[name]}); choose another name")
         TOKEN_SCORES[name] = score
+        _LOOKS_AT[name] = looks_at
         return score
 
     return register
+
+
+def what_it_looks_at(name: str, options: Mapping[str, Any]) -> frozenset[str]:
+    """What must be kept for a score: "before", "attended". Raises ValueError for an unknown name."""
+    names = {name, options.get("base", name)}
+    unknown = sorted(names - set(TOKEN_SCORES))
+    if unknown:
+        raise ValueError(f"unknown token scores {unknown}; known: {sorted(TOKEN_SCORES)}")
+    return frozenset(what for each in names for what in _LOOKS_AT[each])
 
 
 def score_tokens(name: str, view: TokenView, **options: Any) -> torch.Tensor:
@@ -101,7 +116,7 @@ def norm(view: TokenView, *, largest: bool = True) -> torch.Tensor:
     return size if largest else -size
 
 
-@token_score("attended_norm")
+@token_score("attended_norm", looks_at=("attended",))
 def attended_norm(view: TokenView) -> torch.Tensor:
     """``1 - |v|`` of what attention takes from a token: small where it attracts much attention (DuCa, 2024).
 
@@ -111,10 +126,16 @@ def attended_norm(view: TokenView) -> torch.Tensor:
     return 1 - size / size.amax(1, keepdim=True).clamp(min=1e-12)
 
 
-@token_score("change")
+@token_score("change", looks_at=("before",))
 def change(view: TokenView) -> torch.Tensor:
     """``|x_s - x_{s-1}|^2``: tokens that moved most between the two newest values (FastCache, 2025)."""
     return (view.value - _needs("change", "before", view.before)).float().square().sum(-1)
+
+
+@token_score("deviation")
+def deviation(view: TokenView, *, starvation: float = 0.1) -> torch.Tensor:
+    """How much a token's value varies over its channels, times ``exp(starvation * stale)`` (RAS, Liu et al. 2025)."""
+    return view.value.float().std(dim=-1) * (starvation * _needs("deviation", "stale", view.stale)).exp()
 
 
 @token_score("random")

@@ -57,15 +57,15 @@ def rule(name: str) -> Callable[[Callable[P, Collection[int]]], Callable[P, list
 
 
 @rule("every")
-def every(steps: int, *, interval: int = 2, warm_up: int = 1, offset: int = 0, last: int = 0) -> Collection[int]:
+def every(steps: int, *, interval: int = 2, warm_up: int = 0, offset: int = 0, last: int = 0) -> Collection[int]:
     """Every ``interval``-th step after ``warm_up`` computed ones: ``(s - warm_up - offset) % interval == 0``.
 
-    FORA (2024): offset 0. TaylorSeer, HiCache, FoCa, FreqCa (2025), which count skipped steps: offset -1. The hook in
-    diffusers: offset 1. ``last`` forces that many steps at the end. Published intervals 3 to 9, warm-up 3 for images, 2
-    for class-conditional models, 1 for videos.
+    DeepCache (2023) and FORA (2024): no warm-up, so ``s % interval == 0``. TaylorSeer, HiCache, FoCa, FreqCa (2025),
+    which count skipped steps: offset -1. The hook in diffusers: offset 1. ``last`` forces that many steps at the end.
+    Published intervals 3 to 9, warm-up 3 for images, 2 for class-conditional models, 1 for videos.
     """
-    if interval < 1 or warm_up < 1 or last < 0:
-        raise ValueError(f"every needs interval >= 1, warm_up >= 1 and last >= 0, got {interval}, {warm_up}, {last}")
+    if interval < 1 or warm_up < 0 or last < 0:
+        raise ValueError(f"every needs interval >= 1, warm_up >= 0 and last >= 0, got {interval}, {warm_up}, {last}")
     regular = [s for s in range(warm_up, steps) if (s - warm_up - offset) % interval == 0]
     return [*range(min(warm_up, steps)), *regular, *range(max(steps - last, 0), steps)]
 

@@ -59,12 +59,17 @@ def apply_schedule(
     gm.meta.update(history=[], weights=[], writes=[])
     _drop_blind_guards(graph, places)
     written = []
+    forecasts: dict[fx.Node, fx.Node] = {}
     for place in places:
+        # a site may stand on the value of another one that is itself forecast
+        place = place._replace(anchor=forecasts.get(place.anchor, place.anchor) if place.anchor else None)
         if place.cell is COMPUTE:
             written.append(_kept(graph, place.value, place.anchor, returned, small))
             gm.meta["writes"].append((place.row, place.part))
         elif isinstance(place.cell, Forecasting):
-            last = _forecast(gm, last, place, place.value.meta.get("storage") in returned, small)
+            last, forecasts[place.value] = _forecast(
+                gm, last, place, place.value.meta.get("storage") in returned, small
+            )
     end.args = ((end.args[0], tuple(written)),)
     return gm
 
@@ -125,8 +130,10 @@ def _kept(
     return kept
 
 
-def _forecast(gm: fx.GraphModule, last: fx.Node, place: _Place, returned: bool, small: torch.dtype | None) -> fx.Node:
-    """Put the forecast in the place of the value; returns the last placeholder."""
+def _forecast(
+    gm: fx.GraphModule, last: fx.Node, place: _Place, returned: bool, small: torch.dtype | None
+) -> tuple[fx.Node, fx.Node]:
+    """Put the forecast in the place of the value; returns the last placeholder and the forecast."""
     row, index, cell, value, anchor = place
     assert isinstance(cell, Forecasting)
     given = not isinstance(cell, Forecast)  # its tensors come in full
@@ -160,8 +167,9 @@ def _forecast(gm: fx.GraphModule, last: fx.Node, place: _Place, returned: bool, 
                 stored = () if small_of is None else (None, small_of)
                 forecast = graph.call_function(extrapolate, (anchor, history, weights, *stored))
         forecast.meta = {"val": value.meta.get("val"), "path": value.meta.get("path", ""), "forecast": True}
+    forecast.meta["instead_of"] = value.meta.get("captured_as", value.name)
     value.replace_all_uses_with(forecast, delete_user_cb=lambda user: user is not forecast)
-    return last
+    return last, forecast
 
 
 def _through(

@@ -8,12 +8,13 @@ After (only site 1 is read later)::
 
     return (result, (%9,))
 
-Needs ``apply_schedule``; ``live`` are the rows that ``Schedule.writes`` names for this step.
+Needs ``apply_schedule``; ``live`` are the rows that ``Schedule.writes`` names for this step. Of rows in ``first`` only
+so many values are read later: the keys and values beyond them are not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 from torch import fx
@@ -21,11 +22,17 @@ from torch import fx
 from diffcache.graphs import find_output
 
 
-def drop_dead_writes(gm: fx.GraphModule, *, live: Collection[int] = ()) -> fx.GraphModule:
-    """Drop written values of rows that are not ``live``."""
+def drop_dead_writes(
+    gm: fx.GraphModule, *, live: Collection[int] = (), first: Mapping[int, int] | None = None
+) -> fx.GraphModule:
+    """Drop written values of rows that are not ``live``, and those beyond the ``first`` ones of a row."""
     end = find_output(gm.graph)
     result, values = cast("tuple[Any, tuple[fx.Node, ...]]", end.args[0])
-    kept = [(place, value) for place, value in zip(gm.meta["writes"], values, strict=True) if place[0] in live]
+    kept = [
+        ((row, part), value)
+        for (row, part), value in zip(gm.meta["writes"], values, strict=True)
+        if row in live and part < (first or {}).get(row, part + 1)
+    ]
     gm.meta["writes"] = [place for place, _ in kept]
     end.args = ((result, tuple(value for _, value in kept)),)
     return gm

@@ -154,8 +154,13 @@ class _Partial:
         self.gm, self.graph, self.token_row, self.row = gm, gm.graph, token_row, token_row.row
         site, region = token_row.site, token_row.region
         self.values = _resolve(gm, token_row, site.values)
-        named = [_resolve(gm, token_row, [name])[0] if name is not None else None for name in site.anchors]
-        self.anchors: list[fx.Node | None] = list(named)
+        named = [None if name is None else _resolve(gm, token_row, [name])[0] for name in site.anchors]
+        instead = {node.meta["instead_of"]: node for node in self.graph.nodes if "instead_of" in node.meta}
+        # a site may stand on the value of another one that is forecast, or on some tokens itself
+        self.anchors = [
+            None if name is None else instead.get(name, anchor)
+            for name, anchor in zip(site.anchors, named, strict=True)
+        ]
         captured = _captured(gm)
         within = {captured[n] for n in region.nodes if n in captured and captured[n].op != "placeholder"}
         nodes = [node for node in self.graph.nodes if node in within]
@@ -256,6 +261,7 @@ class _Partial:
             entry = self._call(torch.sub, (rows, anchor), value)
         elif value.meta.get("storage") in self.returned:
             entry = self._call(torch.clone, (mixed,), value)
+        mixed.meta["instead_of"] = value.meta.get("captured_as", value.name)
         value.replace_all_uses_with(mixed)
         _write(self.gm, (self.row, index), entry)
 

@@ -107,7 +107,9 @@ class TokenCopies:
         meta = {key: value for key, value in node.meta.items() if key not in gone}
         meta["deps"] = tuple(self.new.get(dep, dep) for dep in node.meta.get("deps", ()))
         full = (shape_of(action.result) or ())[to]
-        meta["val"] = _shrunk(node.meta.get("val"), to, self.count(self.axes.token_root(action.result), full), full)
+        count = self.count(self.axes.token_root(action.result), full)
+        meta["val"] = _shrunk(node.meta.get("val"), to, count, full)
+        meta["part_of"] = (node.meta.get("captured_as", node.name), count / full)
         return meta
 
     def _cut(self, node: fx.Node, action: Action) -> fx.Node:

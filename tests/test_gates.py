@@ -37,6 +37,22 @@ def test_each_sample_has_its_own_sum() -> None:
     assert gate.follow(moment, np.array([[0.05], [0.05]])).tolist() == [True, False]
 
 
+def test_change_stops_at_its_limits() -> None:
+    gate = make_gate("change", threshold=0.5, max_since=2, max_forecasts=3, max_total=1.0)
+    moment = Moment(5, 10, 1)
+    assert follows(gate, 1, 0.4)
+    gate.done(moment, computed=False)
+    assert not follows(gate, 3, 0.4)  # too many in a row: not compared, so not added
+    assert not follows(gate, 1, 0.5)  # compared and not less; the sum is now 0.9
+    gate.done(moment, computed=True)  # and is not set back
+    assert follows(gate, 1, 0.2)
+    assert not follows(gate, 1, 0.0)
+    gate = make_gate("change", threshold=0.5, max_forecasts=1)
+    gate.done(moment, computed=False)
+    assert not follows(gate, 1, 0.0)
+    assert not follows(make_gate("change", threshold=0.0), 1, 0.0)
+
+
 def test_max_gap() -> None:
     gate = make_gate("max_gap", limit=2)
     assert [follows(gate, since) for since in (1, 2, 3)] == [True, True, False]

@@ -308,7 +308,7 @@ def test_cells_as_json() -> None:
     assert "probe" not in cell_to_json(Online())  # type: ignore[operator]
     with pytest.raises(AssertionError, match="never stored"):
         cell_to_json(Given(2))
-    with pytest.raises(ValueError, match="expected COMPUTE, SKIP, a Forecast or Online"):
+    with pytest.raises(ValueError, match="expected COMPUTE, SKIP, a Forecast, Online or Partial"):
         Schedule(2, (diffcache.schedule.Row("a", False, (COMPUTE, Given(1))),))
 
 

@@ -22,11 +22,12 @@ from diffcache.passes.flatten_inputs import flatten_inputs
 from diffcache.passes.fuse_forecasts import fuse_forecasts
 from diffcache.passes.hoist_step_invariant import hoist_step_invariant
 from diffcache.pipeline import PREPARE, SPECIALISE, PassReport, bisect_passes, known_passes, run_passes
+from diffcache.programs import Programs
 from diffcache.schedule import COMPUTE, SKIP, Forecast
 from diffcache.sites import Site
 from diffcache.tracing.captured import capture
 from diffcache.tracing.printer import format_graph
-from tests.generation import Request, compiled, sample
+from tests.generation import Request, compiled, sample, schedule_of, shared_calibration
 
 Golden = Callable[[str], None]
 PROMPT = (("item", "prompt"),)
@@ -229,6 +230,44 @@ def test_true_residuals_reproduce_the_program() -> None:
     forecast.recompile()
     result, _ = forecast(*inputs(1), residual, residual, torch.tensor([1.0, -0.5]))
     torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("upstream_first", [True, False])
+@pytest.mark.parametrize("behind", [COMPUTE, Forecast((0,), (1.0,))])
+def test_the_anchor_of_a_row_behind_a_forecast_is_the_forecast(upstream_first: bool, behind: Any) -> None:
+    front = Site("mul", "block", ("mul",), (None,), "", 1.0, 1)
+    pairs = [(front, Forecast((0,), (1.0,))), (RESIDUAL, behind)][:: 1 if upstream_first else -1]
+    module = apply_schedule(flat(), sites=[site for site, _ in pairs], cells=[cell for _, cell in pairs])
+    module = eliminate_dead_code(module)
+    assert not [node for node in module.graph.nodes if node.target == "first"]  # nothing reads what it would make
+    module.recompile()
+    x, t, prompt = inputs(1)
+    h, model = torch.full((2, 4), 0.5), Tiny()
+    context = torch.tanh(model.text(prompt))
+    if behind is COMPUTE:
+        result, (kept,) = module(x, t, prompt, h)
+        second = model.second(torch.relu(h))
+        assert torch.equal(kept, second - h)
+        assert torch.equal(result, second + h * context)
+    else:
+        residual, weight = torch.full((2, 4), 0.25), torch.tensor([1.0])  # weights are in difference form
+        row = 0 if upstream_first else 1
+        given = {f"history_{row}_0_0": h, f"history_{1 - row}_0_0": residual, f"weights_{1 - row}": weight}
+        names = [node.target for node in module.graph.nodes if node.op == "placeholder"][3:]
+        result, _ = module(x, t, prompt, *(given[str(name)] for name in names))
+        torch.testing.assert_close(result, h + residual + h * context)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=str)
+def test_a_site_that_stands_on_another_forecast(order: tuple[int, int]) -> None:
+    """Two blocks in a row: neither is computed, in whichever order their rows come."""
+    found = shared_calibration()
+    sites = [found.sites[f"block:blocks.{block}"] for block in order]
+    schedule = schedule_of(found, {site.name: "Crrrrrrr" for site in sites})
+    program = Programs(found.captured.variants[0], (), sites).program(schedule, 1)
+    run = {node.meta.get("path", "").split(".")[1] for node in program.module.graph.nodes if node.op == "call_module"
+           if node.meta.get("path", "").startswith("blocks")}  # fmt: skip
+    assert run == {"2"}
 
 
 def test_a_skipped_cell_neither_keeps_nor_forecasts() -> None:

@@ -128,6 +128,17 @@ def test_smooth_cache_goes_as_far_as_all_errors_allow() -> None:
     assert planners.smooth_cache(errors, threshold=0.0) == list(range(7))
 
 
+def test_smooth_cache_as_published_asks_the_far_end_of_a_gap_only() -> None:
+    errors = np.full((7, 4), 0.9)
+    errors[2:, 2] = 0.1
+    errors[5, 3] = np.nan
+    assert planners.smooth_cache(errors, threshold=0.5, far_end=True) == [0, 3, 6]
+    errors[3, 3] = 0.5
+    assert planners.smooth_cache(errors, threshold=0.5, far_end=True) == [0, 4, 6]  # 4 reaches past the end: computed
+    assert planners.smooth_cache(errors, threshold=0.0, far_end=True) == list(range(7))
+    assert planners.smooth_cache(errors[:1], threshold=1.0, far_end=True) == [0]
+
+
 def test_block_caching_and_below() -> None:
     changes = [9.0, 0.2, 0.2, 0.2, 0.5, 0.1, 0.1]
     assert planners.block_caching(changes, threshold=0.4) == [0, 3, 4]
@@ -242,7 +253,7 @@ def test_mean_velocity_costs_are_those_of_the_forecasts() -> None:
 
 
 def test_resampling_of_ratios_and_refusals() -> None:
-    assert planning_tables.resample_by_nearest([1.0, 2.0, 3.0], 5) == [1.0, 2.0, 2.0, 3.0, 3.0]
+    assert planning_tables.resample_by_nearest([1.0, 2.0, 3.0], 5) == [1.0, 1.0, 2.0, 3.0, 3.0]  # halves go to even
     assert planning_tables.resample_by_nearest([1.0, 2.0, 3.0], 1) == [1.0]
     G = gram_of(values())
     with pytest.raises(ValueError, match="sensitivity has 3 values for 8 steps"):

@@ -104,6 +104,16 @@ def test_blocks_and_their_children_have_inputs():
     assert {name.partition(":")[2] for name in named if name.startswith("input:")} >= paths
 
 
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_the_picture_comes_before_the_text(name: str):
+    """A gate looks at the first value: FBCache and DBCache at what the first blocks add to the picture."""
+    flow, named = found(name).anatomy.flow, find_probes(found(name).anatomy, ["blocks[:2]"])
+    for probe in ("first_block", "blocks[:2]", "input:transformer_blocks.1", "input:transformer_blocks.1.attn"):
+        picture, text = (flow.spec(node).shape[1] for node in flow.named(named[probe].values))
+        assert picture == flow.spec(flow.named(named["stack_input"].values)[0]).shape[1]
+        assert text != picture
+
+
 def test_the_clock_may_be_given():
     anatomy = found("flux").anatomy
     assert find_probes(anatomy, clock="timestep")["timestep"] == probes("flux")["timestep"]

@@ -136,7 +136,7 @@ def test_exact() -> None:
         (3, (C, C, reuse(2)), "reads step 2; a forecast may read only earlier steps"),
         (3, (C, reuse(0), reuse(1)), r"reads step 1, where it is not computed; it is computed at \[0\]"),
         (2, (C, SKIP), r"sites \['x'\] are skipped at step 1, but no site is forecast there"),
-        (2, (C, "C"), "expected COMPUTE, SKIP, a Forecast or Online"),
+        (2, (C, "C"), "expected COMPUTE, SKIP, a Forecast, Online or Partial"),
     ],
 )
 def test_bad_rows(steps: int, cells: tuple, message: str) -> None:

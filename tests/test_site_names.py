@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from diffcache.profiling import Calibration, calibrate
 from diffcache.ranges import deep_name, prefix_name, range_name
 from diffcache.sites import Site, find_sites, named_site
+from tests import generation
 from tests.denoisers import FAMILIES
 from tests.test_sites import REQUESTS, found
 
@@ -255,6 +258,42 @@ def test_names_mean_the_same_at_another_size(name: str):
             other.level,
             other.side,
         )
+
+
+# -- at work ----------------------------------------------------------------------------------------------------------
+
+
+def test_calibration_measures_the_sites_it_is_asked_for():
+    wanted = ("blocks[1:2]", "prefix[0]", "blocks[:-1]")
+    calibration = _calibrated(wanted)
+    profiled = {site.name for site in calibration.profile.sites}
+    assert profiled >= set(wanted)
+    assert calibration.sites["blocks[1:2]"].residual
+    assert not calibration.sites["prefix[0]"].residual
+    with pytest.raises(ValueError, match="reaches past the 3 blocks"):
+        _calibrated(("blocks[:4]",))
+
+
+def test_a_site_made_on_request_is_forecast():
+    calibration = _calibrated(("blocks[1:2]",))
+    site = calibration.sites["blocks[1:2]"]
+    schedule = generation.schedule_of(calibration, {site.name: "CCrCrCrC"})
+    denoiser = calibration.cached(schedule)
+    request = generation.ITEMS[0]
+    with generation.Quiet():
+        got = generation.sample(denoiser, request)
+    assert denoiser.steps_forecast == 3
+    assert not torch.equal(got.flatten(), calibration.references[0])
+
+
+def _calibrated(wanted: tuple[str, ...]) -> Calibration:
+    return calibrate(
+        generation.make(),
+        lambda denoiser, index: generation.sample(denoiser, generation.ITEMS[index]).flatten(),
+        2,
+        sensitivity_prompts=0,
+        wanted=wanted,
+    )
 
 
 def test_requests_are_met_somewhere():

@@ -31,6 +31,7 @@ def test_every_rule_computes_step_0_and_steps_that_exist(name: str, steps: int) 
 
 
 def test_every() -> None:
+    assert when.every(10, interval=3) == [0, 3, 6, 9]
     assert when.every(10, interval=3, warm_up=2) == [0, 1, 2, 5, 8]  # s < W or (s - W) % N == 0
     assert when.every(10, interval=3, warm_up=2, offset=-1) == [0, 1, 4, 7]  # the counter reaches N - 1
     assert when.every(10, interval=3, warm_up=2, offset=1) == [0, 1, 3, 6, 9]  # (s - W - 1) % N == 0

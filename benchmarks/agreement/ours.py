@@ -9,12 +9,17 @@ from dataclasses import dataclass, field, replace
 import torch
 
 import diffcache
+from benchmarks.agreement import rules
+from benchmarks.agreement.peers.watching import Run
 from benchmarks.agreement.subjects import Subject, generate
-from diffcache.compiler import site_choices
+from diffcache.planning import plan_of
+from diffcache.predictors import predictor
+from diffcache.predictors.fixed import taylor
 from diffcache.profiling import Calibration
-from diffcache.recipes import Recipe
-from diffcache.runtime import CachedDenoiser
-from diffcache.schedule import COMPUTE, Cell, Forecast, Row, Schedule, SiteChoice
+from diffcache.recipes import Part, Plan, Recipe
+from diffcache.recipes import Predict as Predictor
+from diffcache.recipes.picks import one
+from diffcache.schedule import COMPUTE, Cell, Forecast, Row, Schedule
 
 Predict = Callable[[Sequence[int], int], Sequence[tuple[int, float]]]
 
@@ -26,27 +31,23 @@ def newest(computed: Sequence[int], step: int) -> list[tuple[int, float]]:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Given(Recipe):
-    """The decisions of a peer, site by site: what our recipes cannot decide yet is taken from the peer's run.
+    """The decisions of a peer, site by site, taken from its run: to compare sites and predictors alone.
 
     ``computed``: name or role of a site -> the steps at which it is computed; all other steps are forecast with
     ``predict(computed, step) -> (step, weight), ...``, newest first.
     """
 
+    parts: tuple[Part, ...] = ()
     computed: Mapping[str, Sequence[int]] = field(default_factory=dict, hash=False)
     predict: Predict = newest
 
-    def schedule(self, steps: int, sites: Sequence[SiteChoice]) -> Schedule:
-        rows, saved = [], 0.0
+    def schedule(self, plan: Plan) -> Schedule:
+        rows = []
         for wanted, computed in self.computed.items():
-            site = next((s for s in sites if s.name == wanted), None) or next(
-                (s for s in sites if s.role == wanted), None
-            )
-            if site is None:
-                raise ValueError(f"no site is named '{wanted}' or has that role here; known: {[s.name for s in sites]}")
-            cells = tuple(COMPUTE if step in computed else self._forecast(computed, step) for step in range(steps))
+            (site,) = one(wanted)(plan)
+            cells = tuple(COMPUTE if step in computed else self._forecast(computed, step) for step in range(plan.steps))
             rows.append(Row(site.name, site.residual, cells))
-            saved += site.flops_fraction_saved * (steps - len(computed)) / steps
-        return Schedule(steps, tuple(rows), origin="given", flops_fraction=max(1.0 - saved, 0.01))
+        return Schedule(plan.steps, tuple(rows), clock=plan.clock, origin="given")
 
     def _forecast(self, computed: Sequence[int], step: int) -> Cell:
         pairs = self.predict(computed, step)
@@ -56,43 +57,81 @@ class Given(Recipe):
         return f"Given({list(self.computed)})"
 
 
+# -- what we do not copy, to be put in the place of our own predictors ----------------------------------------------
+
+
+@predictor("taylor_from_step_3")
+def taylor_from_step_3(history: Sequence[float], target: float, *, order: int = 1) -> list[float]:
+    """cache-dit's TaylorSeer: derivatives are formed at computed steps >= 3 only."""
+    return taylor(history, target, order=min(order, sum(step >= 3 for step in history)))
+
+
+@predictor("guesses_from_guesses")
+def guesses_from_guesses(history: Sequence[float], target: float, *, weight: float = 0.5) -> list[float]:
+    """diffusers' FasterCache: a guessed value enters the history as if it had been computed."""
+    guesses = dict(rules.faster_cache([int(step) for step in history], int(target) + 1, weight)[int(target)])
+    return [guesses.get(int(step), 0.0) for step in history]
+
+
+def with_predictor(recipe: Recipe, name: str, history: int, **options: float) -> Recipe:
+    """The same recipe, its predictor exchanged."""
+    told = Predictor(name, options, history=history)
+    return replace(recipe, parts=tuple(replace(part, predictor=told) for part in recipe.parts))
+
+
+# -- running -----------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Ours:
-    """One generation under diffcache: latents, model outputs, and for each row of the schedule the computed steps."""
+    """One generation under diffcache: latents, model outputs, and what each row of the schedule computed.
+
+    ``branches`` holds, for each guidance branch in the order of their first calls, site -> the computed steps;
+    ``computed`` is that of the last one.
+    """
 
     latents: torch.Tensor
     outputs: tuple[torch.Tensor, ...]
-    computed: dict[str, list[int]]
+    branches: tuple[dict[str, list[int]], ...]
+
+    @property
+    def computed(self) -> dict[str, list[int]]:
+        return self.branches[-1]
 
 
 def ours(recipe: Recipe, subject: Subject, seed: int = 0) -> Ours:
-    """The generation under a recipe, on a new denoiser of the subject.
-
-    Fixed decisions share one calibration per subject, which nothing in them depends on; any other recipe is compiled.
-    """
-    if isinstance(recipe, Given):
-        calibration = _calibrated(subject)
-        schedule = recipe.schedule(subject.steps, site_choices(calibration))
-        fast = calibration.cached(replace(schedule, clock=calibration.profile.clock))
-    else:
-        fast = diffcache.compile(subject.make(), [seed], sample=subject.sample, recipe=recipe, verbose=False)
+    """The generation under a recipe. The subject is calibrated once, which is what ``compile`` does with a recipe."""
+    calibration = calibrated(subject)
+    fast = calibration.cached(recipe.schedule(plan(subject)))
     fast.reset()
     made = generate(fast, subject, seed)
-    return Ours(made.latents, made.outputs, _computed(fast))
+    branches = tuple(
+        {
+            row.site: [step for step, column in enumerate(columns) if column[i] == COMPUTE.value]
+            for i, row in enumerate(fast.schedule.rows)
+        }
+        for _, columns in fast.decisions  # from what was done, not from the schedule
+    )
+    return Ours(made.latents, made.outputs, branches)
 
 
-@functools.lru_cache(maxsize=8)
-def _calibrated(subject: Subject) -> Calibration:
+@functools.cache
+def calibrated(subject: Subject) -> Calibration:
+    """A subject, calibrated on seed 0."""
     return diffcache.profile(subject.make(), [0], sample=subject.sample, sensitivity_prompts=0, verbose=False)
 
 
-def _computed(fast: CachedDenoiser) -> dict[str, list[int]]:
-    """Site -> the steps at which it was computed, of the newest stream: from what was done, not from the schedule."""
-    _, columns = fast.decisions[-1]
-    return {
-        row.site: [step for step, column in enumerate(columns) if column[i] == COMPUTE.value]
-        for i, row in enumerate(fast.schedule.rows)
-    }
+@functools.cache
+def plan(subject: Subject) -> Plan:
+    """A subject as recipes see it; what they measure is measured on seed 0."""
+    return plan_of(calibrated(subject), lambda denoiser, index: subject.sample(denoiser, index), prompts=1)
+
+
+def children(run: Run) -> dict[str, list[int]]:
+    """Our names of the attention and feed-forward children that a peer skips at some steps -> the steps it computes."""
+    short = {"ff": "ff", "ffn": "ff"}
+    sites = {f"{short.get(path.split('.')[-1], 'attn')}:{path}": run.computed(path) for path in run.ran}
+    return {name: computed for name, computed in sites.items() if len(computed) < len(next(iter(run.ran.values())))}
 
 
 def agreement(

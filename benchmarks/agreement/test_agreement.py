@@ -1,7 +1,7 @@
-"""diffcache beside each peer: the same decisions step by step, and latents and model outputs equal to 1e-4.
+"""Sites and predictors beside each peer, on the decisions that the peer made: latents and outputs equal to 1e-4.
 
-What our recipes cannot decide yet is taken from the peer's run (``Given``): then sites and predictors are compared, on
-the decisions that the peer made.
+The steps are taken from the peer's run (``Given``). Where a recipe disagrees (``test_recipes.py``) and these tests do
+not, its gate is to blame.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.agreement import rules
 from benchmarks.agreement.cases import LATER, MASK, peer
-from benchmarks.agreement.ours import Given, Predict, agreement, newest, ours
+from benchmarks.agreement.ours import Given, Predict, agreement, children, newest, ours
 from benchmarks.agreement.peers.watching import Run, uncached
 from benchmarks.agreement.subjects import SUBJECTS
 from diffcache import recipes
@@ -36,13 +36,6 @@ def close(mine, run: Run, subject: str) -> None:
     apart, of_effect = agreement(mine, run.latents, run.outputs, uncached(SUBJECTS[subject]).outputs)
     assert apart < CLOSE
     assert of_effect < OF_EFFECT
-
-
-def children(run: Run) -> dict[str, list[int]]:
-    """Our names of the attention and feed-forward children that a peer watches, with the steps it computes."""
-    short = {"ff": "ff", "ffn": "ff"}
-    sites = {f"{short.get(path.split('.')[-1], 'attn')}:{path}": run.computed(path) for path in run.ran}
-    return {name: computed for name, computed in sites.items() if len(computed) < len(next(iter(run.ran.values())))}
 
 
 @pytest.mark.parametrize("subject", ["flux", "dit", "wan"])
@@ -121,7 +114,6 @@ def test_dbcache_keeps_guidance_branches_apart(name: str, order: int):
     close(ours(given, SUBJECTS["wan-separate"]), run, "wan-separate")
 
 
-@pytest.mark.xfail(raises=ValueError, strict=True, reason="sites of block ranges on request are not there yet")
 @pytest.mark.parametrize("name", ["dbcache-F2B1", "dbcache-F2B1-taylor1"])
 def test_dbcache_with_last_blocks(name: str):
     run = peer(name, "flux")
@@ -140,17 +132,11 @@ FEATURES = ("up_blocks.2.attentions.1", "up_blocks.2.attentions.0", "up_blocks.1
             "up_blocks.1.attentions.0")  # fmt: skip
 
 
-@pytest.mark.parametrize("branch", range(5))
-def test_deepcache(branch: int):
+@pytest.mark.parametrize("name", [*(f"deep:{feature}" for feature in FEATURES), "deep[5]", "deep[6]"])
+def test_deepcache(name: str):
+    branch = FEATURES.index(name.removeprefix("deep:")) if name.startswith("deep:") else int(name[5:-1])
     run = peer(f"deepcache-{branch}", "unet")
-    agrees(run, "unet", {f"deep:{FEATURES[branch]}": run.computed("mid_block")})
-
-
-@pytest.mark.xfail(raises=ValueError, strict=True, reason="deep features by branch are not sites yet")
-@pytest.mark.parametrize("branch", [5, 6])
-def test_deepcache_of_the_deepest_branches(branch: int):
-    run = peer(f"deepcache-{branch}", "unet")
-    agrees(run, "unet", {f"deep[{branch}]": run.computed("mid_block")})
+    agrees(run, "unet", {name: run.computed("mid_block")})
 
 
 def test_deepcache_by_recipe():

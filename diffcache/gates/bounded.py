@@ -17,7 +17,9 @@ class Change(Gate):
     """FBCache (2024) and DBCache (2025): relative L1 change of the probe since the last computed step.
 
     On the residual of the first block or blocks; DBPrune uses it on the input of every block. ``max_since`` bounds the
-    forecasts in a row, ``max_forecasts`` those of a generation, ``max_total`` the changes added up over a row of them.
+    forecasts in a row and ``max_forecasts`` those of a generation. Once the changes that were compared, followed or
+    not, have added up to ``max_total``, nothing is forecast any more: cache-dit never sets that sum back. Limits come
+    first: a step that they forbid adds nothing.
     """
 
     against = "computed"
@@ -38,18 +40,17 @@ class Change(Gate):
 
     def follow(self, moment: Moment, numbers: Numbers) -> Decision:
         change = numbers[:, 0]
-        self.total = self.total + change
-        allowed = (not self.max_since or moment.since <= self.max_since) and (
-            not self.max_forecasts or self.forecasts < self.max_forecasts
-        )
-        within = (change < self.threshold) & np.full(len(change), allowed)
-        return within & (self.total < self.max_total) if self.max_total else within
+        allowed = np.full(len(change), not self.max_total) | (self.total < self.max_total)
+        if self.max_since and moment.since > self.max_since:
+            allowed = np.full(len(change), False)
+        if self.max_forecasts and self.forecasts >= self.max_forecasts:
+            allowed = np.full(len(change), False)
+        self.total = self.total + np.where(allowed, change, 0.0)
+        return (change < self.threshold) & allowed
 
     def done(self, moment: Moment, computed: bool) -> None:
         super().done(moment, computed)
         self.forecasts += not computed
-        if computed:
-            self.total = np.zeros(1)
 
 
 @gate("sensitivity")

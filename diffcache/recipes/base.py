@@ -16,9 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffcache import predictors
-from diffcache.cells import COMPUTE, Cell, Forecast, GateSpec, Online, View
+from diffcache.cells import COMPUTE, Cell, Forecast, GateSpec, Online, Partial, View
 from diffcache.forecasting import forecast, used
+from diffcache.gates import make_gate
+from diffcache.guidance import Guidance
 from diffcache.profile_record import Profile
+from diffcache.recipes.tokens import Tokens
 from diffcache.schedule import Row, Schedule, SiteChoice
 
 P = ParamSpec("P")
@@ -41,6 +44,7 @@ class Plan:
     find: Callable[[Sequence[str]], Sequence[SiteChoice]] | None = None
     measure_with: Callable[..., Mapping[str, Array]] | None = None
     error_of: Callable[[Schedule], float] | None = None
+    refusal_of: Callable[[str], str] | None = None
     trajectory_of: Callable[[str], NDArray[np.float32]] | None = None
 
     def site(self, name: str) -> SiteChoice:
@@ -64,10 +68,26 @@ class Plan:
             raise ValueError(f"this recipe looks at the values of '{name}' in calibration; use diffcache.compile")
         return self.trajectory_of(name)
 
+    def probe(self, name: str) -> str:
+        """The name of a probe, or of what stands for it here; raises ValueError where the denoiser has no such probe.
+
+        Without blocks in a row the first block of all stands for the first blocks.
+        """
+        if self.find is None or name in ("", "latent"):
+            return name
+        rowless = not any(site.blocks for site in self.sites)
+        found = "first_block" if rowless and name.startswith("blocks[:") else name
+        self.find([found])
+        return found
+
     def error(self, schedule: Schedule) -> float:
         if self.error_of is None:
             raise ValueError("this recipe tries schedules out in calibration; use diffcache.compile")
         return self.error_of(schedule)
+
+    def mixes_tokens(self, name: str) -> str:
+        """Why a site cannot run on some of its tokens; empty where it can, or where that is not known yet."""
+        return self.refusal_of(name) if self.refusal_of is not None else ""
 
     def known(self) -> str:
         names = [f"{site.name} ({site.role})" if site.role else site.name for site in self.sites]
@@ -95,7 +115,7 @@ class Predict:
 
     def at(self, plan: Plan, site: SiteChoice) -> Predict:
         """The same with what depends on the site found for this one."""
-        probe = self.probe(site) if callable(self.probe) else self.probe
+        probe = plan.probe(self.probe(site) if callable(self.probe) else self.probe)
         view = self.view(plan, site) if callable(self.view) else self.view
         if view is not None and self.fitted:
             raise ValueError(f"predictor '{self.name}' is fitted to whole values; a view needs rules by name")
@@ -142,16 +162,32 @@ def first_step(plan: Plan, site: SiteChoice) -> Collection[int]:
 class Part:
     """Some sites, the steps at which they are computed in any case, and what happens at the others.
 
-    Without a gate all others are forecast; with one, those that it lets pass.
+    Without a gate all others are forecast; with one, those that it lets pass. ``check`` picks the site that a gate
+    compares which checks forecasts ("verify"): it is computed on the forecast of the part's sites. At the steps that
+    ``tokens`` name a few tokens are computed, of the sites that can run on a few.
     """
 
     sites: Pick
     when: When = first_step
     gate: Gating | None = None
     predictor: Predict = Predict()
+    check: Pick | None = None
+    tokens: Tokens | None = None
 
     def rows(self, plan: Plan, title: str) -> list[Row]:
-        return [self._row(plan, site, title) for site in self.sites(plan)]
+        """Raises ValueError where no site of a part that is about tokens can run on some, or a check has no gate."""
+        sites = self.sites(plan)
+        refused = {site.name: plan.mixes_tokens(site.name) for site in sites} if self.tokens is not None else {}
+        if refused and all(refused.values()):
+            raise ValueError(f"{title} finds no site that can run on a few tokens; the first of them: "
+                             f"{next(iter(refused.values()))}")  # fmt: skip
+        if self.check is None:
+            return [self._row(plan, site, title) for site in sites]
+        (checked,), spec = self.check(plan), self.gate
+        if not isinstance(spec, GateSpec):
+            raise ValueError(f"{title} checks '{checked.name}', but by no gate; give the part GateSpec('verify', ...)")
+        part = replace(self, gate=replace(spec, options={**spec.options, "probe": checked.name}))
+        return [part._row(plan, site, title) for site in (*sites, checked)]
 
     def _row(self, plan: Plan, site: SiteChoice, title: str) -> Row:
         computed = sorted(set(self.when(plan, site)))
@@ -159,14 +195,20 @@ class Part:
             raise ValueError(
                 f"{title} computes steps {computed} of {plan.steps}; expected step 0 and steps up to {plan.steps - 1}"
             )
-        gate = self.gate(plan, site) if callable(self.gate) else self.gate
+        gate = _looking(plan, self.gate(plan, site) if callable(self.gate) else self.gate)
         predictor = self.predictor.at(plan, site)
+        partial: Mapping[int, Cell] = {}
+        if self.tokens is not None and not plan.mixes_tokens(site.name):
+            partial = self.tokens.cells(plan, site, computed, predictor.online())
         made: list[int] = []
         cells: list[Cell] = []
         for step in range(plan.steps):
             if step in computed:
                 made.insert(0, step)
                 cells.append(COMPUTE)
+            elif step in partial:
+                made.insert(0, step)
+                cells.append(partial[step])
             elif gate is not None:
                 cells.append(predictor.online())
             else:
@@ -174,33 +216,63 @@ class Part:
         return Row(site.name, site.residual, tuple(cells), gate)
 
 
+def _looking(plan: Plan, gate: GateSpec | None) -> GateSpec | None:
+    """The gate with its probe as this denoiser has it."""
+    if gate is None:
+        return None
+    wanted = make_gate(gate.name, **gate.options).probe
+    found = plan.probe(wanted)
+    return gate if found == wanted else GateSpec(gate.name, {**gate.options, "probe": found})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Parts for different sites, and how branches of guidance and samples of a batch go together.
 
-    ``origin`` is the call that made it.
+    ``guidance`` says when the unconditional branch is computed and what stands for it else; ``decide`` and ``samples``
+    whether branches and samples decide together (see ``Schedule``). ``origin`` is the call that made it.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[Part, ...] = ()
     origin: str = "recipe"
+    guidance: Guidance | Callable[[Plan], Guidance] | None = None
+    decide: str = "separate"
     samples: str = "together"
 
     def each_sample(self) -> Recipe:
-        """Every sample of a batch decides for itself, at the price of running them one by one where they differ."""
+        """Every sample of a batch decides for itself, bit for bit as if it were alone; they run one by one for it."""
         return replace(self, samples="alone")
 
     def schedule(self, plan: Plan) -> Schedule:
         """The schedule for one denoiser. Raises ValueError for a site or a step that does not exist there."""
         rows = [row for part in self.parts for row in part.rows(plan, self.origin)]
-        if not rows:
+        guidance = self.guidance(plan) if callable(self.guidance) else self.guidance
+        if not rows and guidance is None:
             raise ValueError(f"{self.origin} finds no site here; the sites are: {plan.known()}")
         saved = {row.site: plan.site(row.site).flops_fraction_saved for row in rows}
-        forecasts = [(row.site, cell) for row in rows for cell in row.cells if isinstance(cell, Forecast)]
-        left = 1.0 - sum(saved[site] for site, _ in forecasts) / plan.steps
-        return Schedule(plan.steps, tuple(rows), clock=plan.clock, origin=self.origin, flops_fraction=max(left, 1e-6))
+        left = 0.0
+        for step in range(plan.steps):
+            forecast = sum(saved[row.site] * _saves(row.cells[step]) for row in rows)
+            branches = 2 if guidance is None or guidance.gate or step in guidance.computed else 1
+            left += (1.0 - forecast) * branches / 2 / plan.steps
+        return Schedule(
+            plan.steps,
+            tuple(rows),
+            clock=plan.clock,
+            origin=self.origin,
+            flops_fraction=min(max(left, 1e-6), 1.0),
+            guidance=guidance,
+            decide=self.decide,
+            samples=self.samples,
+        )
 
     def __repr__(self) -> str:
         return self.origin
+
+
+def _saves(cell: Cell) -> float:
+    """The share of a site's work that is surely not done."""
+    return 1.0 - cell.share if isinstance(cell, Partial) else float(isinstance(cell, Forecast))
 
 
 @dataclass(frozen=True)

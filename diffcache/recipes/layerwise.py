@@ -8,7 +8,8 @@ import numpy as np
 
 from diffcache import planners, planning_tables
 from diffcache.recipes.base import GateSpec, Part, Plan, Predict, Recipe, method
-from diffcache.recipes.picks import between, every_one, if_any, modules
+from diffcache.recipes.picks import between, every_one, modules, profiled
+from diffcache.recipes.static import at
 from diffcache.recipes.timewise import forced
 from diffcache.schedule import SiteChoice
 
@@ -19,12 +20,13 @@ def block_caching(threshold: float = 0.3) -> Recipe:
 
     The changes are measured in calibration, so the table is fixed. The learned scale and shift are left out.
     """
+    blocks = every_one("block")
 
     def computed(plan: Plan, site: SiteChoice) -> Sequence[int]:
-        changes = plan.measure([site.name], "l1", raw=True)[site.name][:, :, 0]
+        changes = plan.measure([other.name for other in blocks(plan)], "l1_of_new", raw=True)[site.name][:, :, 0]
         return planners.block_caching([0.0, *np.mean(changes[:, 1:], axis=0)], threshold=threshold)
 
-    return Recipe(parts=(Part(sites=if_any(every_one("block")), when=computed),))
+    return Recipe(parts=(Part(sites=blocks, when=computed),))
 
 
 # the changes below which each interval holds, as published for that number of steps
@@ -51,7 +53,10 @@ def adacache() -> Recipe:
 
 @method("FBCache, first-block cache", 2024, "layer-adaptive", "ParaAttention", "FLUX 1.55x")
 def fbcache(threshold: float = 0.08, warm_up: int = 1) -> Recipe:
-    """The blocks after the first are reused while its residual has changed by less than a threshold."""
+    """The blocks after the first are reused while its residual has changed by less than a threshold.
+
+    Less than, as in ParaAttention, where it comes from; the hook in diffusers also reuses at equality.
+    """
     return dbcache(front=1, back=0, threshold=threshold, warm_up=warm_up)
 
 
@@ -63,17 +68,27 @@ def dbcache(
     warm_up: int = 8,
     max_skips: int = 0,
     max_cached: int = 0,
+    max_total: float = 0.0,
     order: int = 0,
+    mask: Sequence[int] | None = None,
+    static: bool = False,
+    warm_up_interval: int = 1,
 ) -> Recipe:
     """The blocks between the first ``front`` and last ``back`` are forecast while the front residual changes little.
 
-    ``order`` 1 and more forecasts by TaylorSeer in place of reuse.
+    Computed: every ``warm_up_interval``-th of the first ``warm_up`` steps, or where a ``mask`` has a one for the step;
+    with ``static`` nothing else. Limits of zero are none: forecasts in a row, forecasts of a generation, and the sum of
+    all changes that were compared. ``order`` 1 and more forecasts by TaylorSeer in place of reuse.
     """
-    options = {"threshold": threshold, "max_since": max_skips, "max_forecasts": max_cached}
-    gate = GateSpec("change", {**options, "probe": f"blocks[:{front}]"})
+    if static and mask is None:
+        raise ValueError("dbcache(static=True) follows a mask alone; give mask=[1, 1, 0, ...] with a number per step")
+    limits = {"max_since": max_skips, "max_forecasts": max_cached, "max_total": max_total}
+    gate = GateSpec("change", {"threshold": threshold, "probe": f"blocks[:{front}]", **limits})
     predictor = Predict("taylor", {"order": order}) if order else Predict()
     sites = between(front, -back or None)
-    return Recipe(parts=(Part(sites=sites, when=forced(warm_up), gate=gate, predictor=predictor),))
+    # a mask ends the warm-up at its first zero: until then it computes by itself
+    when = forced(warm_up, interval=warm_up_interval) if mask is None else at("mask", bits=tuple(mask))
+    return Recipe(parts=(Part(sites=sites, when=when, gate=None if static else gate, predictor=predictor),))
 
 
 @method("DBPrune", 2025, "layer-adaptive", "cache-dit")
@@ -84,7 +99,7 @@ def dbprune(threshold: float = 0.05, warm_up: int = 1) -> Recipe:
         path = site.name.partition(":")[2]
         return GateSpec("change", {"threshold": threshold, "probe": f"input:{path}"})
 
-    return Recipe(parts=(Part(sites=if_any(every_one("block")), when=forced(warm_up), gate=gate),))
+    return Recipe(parts=(Part(sites=every_one("block"), when=forced(warm_up), gate=gate),))
 
 
 @method("Foresight", 2025, "layer-adaptive", "arXiv 2506.00329", "CogVideoX 1.46x PSNR 34.8, Wan 2.23x")
@@ -98,7 +113,7 @@ def foresight(warm_up: float = 0.15, interval: int = 2, gamma: float = 0.5) -> R
         options = {"warm_up": first(plan), "interval": interval, "gamma": gamma, "block": site.name}
         return GateSpec("drift", options)
 
-    early = Part(sites=if_any(every_one("block")), when=lambda plan, site: range(first(plan)), gate=gate)
+    early = Part(sites=every_one("block"), when=lambda plan, site: range(first(plan)), gate=gate)
     return Recipe(parts=(early,))
 
 
@@ -112,7 +127,7 @@ def bwcache(threshold: float = 0.15, hold: float = 0.1) -> Recipe:
     def ends(plan: Plan, site: SiteChoice) -> Collection[int]:
         return forced(2, max(1, round(hold * plan.steps / 2)))(plan, site)
 
-    return Recipe(parts=(Part(sites=if_any(every_one("block")), when=ends, gate=gate),))
+    return Recipe(parts=(Part(sites=every_one("block"), when=ends, gate=gate),))
 
 
 @method("Learning-to-Cache", 2024, "layer-adaptive", "arXiv 2406.01733", "U-ViT-H/2: 47 % of the work")
@@ -132,13 +147,15 @@ def harmonica(share: float = 0.5) -> Recipe:
 
 
 def _routed(share: float, sensitive: bool) -> Recipe:
+    pick = profiled(modules())
+
     def computed(plan: Plan, site: SiteChoice) -> Sequence[int]:
         assert plan.profile is not None
-        sites = list(modules()(plan))
+        sites = list(pick(plan))
         records = [plan.profile.site(other.name) for other in sites]
         weights = [list(record.sensitivity) for record in records] if sensitive else None
         errors = planning_tables.step_errors([record.gram for record in records], weights)
         mask = planners.routers(errors, [record.flops_saved for record in records], share=share)
         return [step for step, reused in enumerate(mask[sites.index(site)]) if not reused]
 
-    return Recipe(parts=(Part(sites=modules(), when=computed),))
+    return Recipe(parts=(Part(sites=pick, when=computed),))

@@ -27,17 +27,42 @@ def one(wanted: str) -> Pick:
 
 
 def requested(name: str, instead: str = "") -> Pick:
-    """A site that is made on request (``blocks[8:-2]``, ``prefix[5]``, ``deep[0]``, ``encoder``), or another role."""
+    """A site that is made on request (``blocks[8:-2]``, ``prefix[5]``, ``deep[0]``, ``encoder``), or another role.
+
+    The other role stands in only for what the denoiser lacks altogether, blocks in a row or skip connections: a block
+    or a skip past the last one is refused.
+    """
 
     def pick(plan: Plan) -> Sequence[SiteChoice]:
         try:
             return [plan.site(name)]
         except ValueError:
-            if not instead:
+            counted = name.startswith(("blocks[", "prefix[")) and _blocks(plan) > 0
+            nested = name.startswith(("deep[", "encoder")) and _skips(plan)
+            if not instead or counted or nested:
                 raise
             return one(instead)(plan)
 
     return pick
+
+
+def _blocks(plan: Plan) -> int:
+    return max((site.blocks for site in plan.sites), default=0)
+
+
+def _skips(plan: Plan) -> bool:
+    return any(site.role in ("deep", "deepest") and site.depth >= 0 for site in plan.sites)
+
+
+def blocks_of(plan: Plan) -> int:
+    """How many blocks in a row the denoiser has. Raises ValueError for none."""
+    count = _blocks(plan)
+    if not count:
+        raise ValueError(
+            f"this recipe splits a row of equal blocks, and this denoiser has none (as U-Nets have none); take one for "
+            f"skip connections, such as deepcache. The sites and roles here are: {plan.known()}"
+        )
+    return count
 
 
 def between(first: int, last: int | None = None) -> Pick:
@@ -46,17 +71,37 @@ def between(first: int, last: int | None = None) -> Pick:
 
 
 def every_one(*roles: str, kinds: Sequence[str] = (), first: int = 0, last: int | None = None) -> Pick:
-    """All sites of some roles in blocks ``first`` to ``last - 1``; of attentions those of some kinds only."""
+    """All sites of some roles in blocks ``first`` to ``last - 1``; of attentions those of some kinds only.
+
+    Of sites within one another, as blocks within the stages of a U-Net, the outermost.
+    """
 
     def pick(plan: Plan) -> Sequence[SiteChoice]:
         found = [site for site in plan.sites if site.role in roles and (not kinds or site.kind in kinds)]
-        chosen = [s for s in found if s.depth < 0 or s.depth in range(*slice(first, last).indices(s.blocks))]
+        placed = [s for s in found if s.depth < 0 or s.depth in range(*slice(first, last).indices(s.blocks))]
+        chosen = [site for site in placed if not any(_within(site, other) for other in placed)]
         if not chosen:
             what = f"{' or '.join(roles)}{f' of kind {list(kinds)}' if kinds else ''}"
             raise ValueError(f"no site is an {what}; the sites and roles here are: {plan.known()}")
         return chosen
 
     return pick
+
+
+def _within(site: SiteChoice, other: SiteChoice) -> bool:
+    return site.name.partition(":")[2].startswith(other.name.partition(":")[2] + ".")
+
+
+def profiled(pick: Pick) -> Pick:
+    """Those that do enough of the work to have been profiled."""
+
+    def pick_profiled(plan: Plan) -> Sequence[SiteChoice]:
+        if plan.profile is None:
+            raise ValueError("this recipe plans on what calibration measures; use diffcache.compile")
+        known = {site.name for site in plan.profile.sites}
+        return [site for site in pick(plan) if site.name in known]
+
+    return pick_profiled
 
 
 def modules(first: int = 0, last: int | None = None) -> Pick:

@@ -162,7 +162,7 @@ def ecad(share: float = 0.4, site: str = "stack", population: int = 8, generatio
 
 @method("ProCache", 2025, "static", "arXiv 2512.17298", "DiT 2.90x FID 2.96")
 def procache(share: float = 0.4, site: str = "stack", count: int = 5) -> Recipe:
-    """The best of a few random patterns whose gaps never grow. Its selective tokens are those of ``duca``."""
+    """The best of a few random patterns whose gaps never grow. Its selective tokens: ``procache_tokens``."""
 
     def sampled(loss: Callable[[Sequence[int]], float], steps: int, computed: int) -> Sequence[int]:
         patterns = direct_search.sample_patterns(steps, computed=computed, count=count)

@@ -4,31 +4,57 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from diffcache.recipes.base import GateSpec, Part, Plan, Predict, Recipe, method
-from diffcache.recipes.picks import modules, one
+from diffcache.recipes.base import GateSpec, Part, Pick, Plan, Predict, Recipe, method
+from diffcache.recipes.picks import every_one, modules, one
 from diffcache.recipes.static import at
 from diffcache.recipes.timewise import forced
 from diffcache.schedule import SiteChoice
 
 
-def _every(interval: int, warm_up: int, predictor: Predict, lite: bool = False, site: str = "stack") -> Recipe:
+def _every(
+    interval: int,
+    warm_up: int,
+    predictor: Predict,
+    lite: bool = False,
+    site: str = "stack",
+    offset: int = -1,
+    last: int = 0,
+    pick: Pick | None = None,
+) -> Recipe:
     """What most of these papers share: warm-up, then every ``interval``-th step, all modules or one site."""
-    sites = one(site) if lite else modules()
-    return Recipe(
-        parts=(Part(sites=sites, when=at("every", interval=interval, warm_up=warm_up, offset=-1), predictor=predictor),)
-    )
+    sites = pick or (one(site) if lite else modules())
+    when = at("every", interval=interval, warm_up=warm_up, offset=offset, last=last)
+    return Recipe(parts=(Part(sites=sites, when=when, predictor=predictor),))
 
 
 @method("TaylorSeer", 2025, "predictive", "arXiv 2503.06923", "FLUX 4.99x ImageReward 1.004, DiT 2.77x FID 2.34")
-def taylorseer(interval: int = 5, order: int = 1, warm_up: int = 3) -> Recipe:
-    """Every attention and feed-forward output by a Taylor series in the step: ``sum_i D_i k^i / i!``."""
-    return _every(interval, warm_up, Predict("taylor", {"order": order}))
+def taylorseer(
+    interval: int = 5,
+    order: int = 1,
+    warm_up: int = 3,
+    offset: int = -1,
+    last: int = 0,
+    roles: Sequence[str] = ("attention", "feedforward"),
+) -> Recipe:
+    """Every attention and feed-forward output by a Taylor series in the step: ``sum_i D_i k^i / i!``.
+
+    Computed: ``warm_up`` steps, then where ``(s - warm_up - offset) mod interval = 0``, and the ``last`` ones. The
+    paper's code counts skipped steps, ``offset=-1``; the hook in diffusers is ``offset=1, roles=("attention",)``.
+    """
+    pick = None if set(roles) == {"attention", "feedforward"} else every_one(*roles)
+    return _every(interval, warm_up, Predict("taylor", {"order": order}), offset=offset, last=last, pick=pick)
 
 
 @method("TaylorSeer-Lite", 2025, "predictive", "arXiv 2503.06923")
-def taylorseer_lite(interval: int = 5, order: int = 1, warm_up: int = 3) -> Recipe:
-    """TaylorSeer of the stack's residual alone: a fraction of the memory."""
-    return _every(interval, warm_up, Predict("taylor", {"order": order}), lite=True)
+def taylorseer_lite(
+    interval: int = 5, order: int = 1, warm_up: int = 3, offset: int = -1, last: int = 0, site: str = "stack"
+) -> Recipe:
+    """TaylorSeer of the stack's residual alone, or of another site: a fraction of the memory.
+
+    The hook in diffusers is ``offset=1, site="output"``.
+    """
+    predictor = Predict("taylor", {"order": order})
+    return _every(interval, warm_up, predictor, lite=True, site=site, offset=offset, last=last)
 
 
 @method("Newton", 2025, "predictive", "methods of TaylorSeer's follow-ups")

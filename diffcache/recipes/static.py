@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from diffcache import planners, when
-from diffcache.recipes.base import Part, Plan, Predict, Recipe, When, method
-from diffcache.recipes.picks import between, every_one, if_any, modules, one, requested
+from diffcache.recipes.base import Array, Part, Plan, Predict, Recipe, When, method
+from diffcache.recipes.picks import between, blocks_of, every_one, if_any, modules, one, requested
 from diffcache.schedule import SiteChoice
 
 
@@ -66,7 +66,7 @@ def delta_dit(interval: int = 2, boundary: float = 0.5, share: float = 0.5) -> R
 
     def span(rear: bool) -> Part:
         def pick(plan: Plan) -> Sequence[SiteChoice]:
-            blocks = max((site.blocks for site in plan.sites), default=0)
+            blocks = blocks_of(plan)
             count = max(1, min(round(share * blocks), blocks - 1))
             return between(blocks - count, blocks)(plan) if rear else between(0, count)(plan)
 
@@ -82,18 +82,22 @@ def pab(spatial: int = 2, temporal: int = 4, cross: int = 6, low: float = 100.0,
     Self and joint attention count as spatial.
     """
 
-    def within(interval: int) -> When:
-        def computed(plan: Plan, site: SiteChoice) -> Sequence[int]:
-            return when.in_times(plan.steps, times=_of_a_thousand(plan), interval=interval, low=low, high=high)
-
-        return computed
-
     kinds = ((spatial, ("spatial", "self", "joint", "mixed", "")), (temporal, ("temporal",)), (cross, ("cross",)))
     return Recipe(
         parts=tuple(
-            Part(sites=if_any(every_one("attention", kinds=kind)), when=within(interval)) for interval, kind in kinds
+            Part(sites=if_any(every_one("attention", kinds=kind)), when=_within(interval, low, high))
+            for interval, kind in kinds
         )
     )
+
+
+def _within(interval: int, low: float, high: float) -> When:
+    """Every ``interval``-th step while ``low < t < high`` (of 1000), and all others."""
+
+    def computed(plan: Plan, site: SiteChoice) -> Sequence[int]:
+        return when.in_times(plan.steps, times=_of_a_thousand(plan), interval=interval, low=low, high=high)
+
+    return computed
 
 
 def _of_a_thousand(plan: Plan) -> Sequence[float]:
@@ -104,20 +108,42 @@ def _of_a_thousand(plan: Plan) -> Sequence[float]:
 
 
 @method("SmoothCache", 2024, "static", "arXiv 2411.10510", "8 to 71 % faster on DiT, Open-Sora, Stable Audio")
-def smoothcache(threshold: float = 0.15, longest: int = 3) -> Recipe:
-    """Each type of layer is kept as long as its error stays below a threshold: ``|F_s - F_{s-g}|_1 / |F_{s-g}|_1``.
+def smoothcache(
+    threshold: float = 0.15, longest: int = 3, far_end: bool = True, steps: Mapping[str, Sequence[int]] | None = None
+) -> Recipe:
+    """Each type of layer is kept while its error stays within a threshold: ``|F_s - F_{s-g}|_1 / |F_s|_1``.
 
-    Calibration measures that table for gaps g up to ``longest``, averaged over the layers of a type and the prompts.
+    Calibration measures that table for gaps g up to ``longest``, averaged over the layers of a type and the prompts. As
+    published only the ``far_end`` of a gap is asked, not the steps on the way. ``steps`` gives the computed steps of
+    each type in place of all that: of a kind of attention ("self", "cross", ...), "attention" or "feedforward".
     """
 
     def computed(plan: Plan, site: SiteChoice) -> Sequence[int]:
-        alike = [other.name for other in plan.sites if (other.role, other.kind) == (site.role, site.kind)]
-        tables = plan.measure(alike, "l1", gaps=longest, raw=True)
-        mean = np.mean([np.mean(table, axis=0) for table in tables.values()], axis=0)
-        errors = np.pad(np.nan_to_num(mean, nan=np.inf), ((0, 0), (1, 0)))  # gaps count from 1
-        return planners.smooth_cache(errors, threshold=threshold)
+        if steps is not None:
+            return steps.get(site.kind, steps.get(site.role, range(plan.steps)))
+        return planners.smooth_cache(layer_errors(plan, site, longest), threshold=threshold, far_end=far_end)
 
     return Recipe(parts=(Part(sites=modules(), when=computed),))
+
+
+def layer_errors(plan: Plan, site: SiteChoice, longest: int) -> Array:
+    """``[steps, longest + 1]``: SmoothCache's table of a site's type; infinite where there is no step s - g."""
+    alike = [other.name for other in plan.sites if (other.role, other.kind) == (site.role, site.kind)]
+    tables = plan.measure(alike, "l1_of_new", gaps=longest, raw=True)
+    mean = np.mean([np.mean(table, axis=0) for table in tables.values()], axis=0)
+    return np.pad(np.nan_to_num(mean, nan=np.inf), ((0, 0), (1, 0)))  # gaps count from 1
+
+
+@method("FasterCache (attention)", 2024, "static", "arXiv 2410.19355", "Vchitect-2.0 1.67x with guidance")
+def fastercache(interval: int = 2, weight: float = 0.5, low: float = -1.0, high: float = 681.0) -> Recipe:
+    """Self-attention goes on from its last two computed values, ``F_0 + w (F_0 - F_1)``, while ``low < t < high``.
+
+    Times are of 1000. Its other half, which guesses the unconditional branch, is no part of this.
+    """
+    predictor = Predict("ramp", {"low": weight, "high": weight}, history=2)
+    kinds = ("spatial", "temporal", "self", "joint", "mixed", "")
+    part = Part(sites=every_one("attention", kinds=kinds), when=_within(interval, low, high), predictor=predictor)
+    return Recipe(parts=(part,))
 
 
 @method("BlockDance", 2025, "static", "arXiv 2503.15927", "25 to 50 % faster")
@@ -125,9 +151,9 @@ def blockdance(interval: int = 2, start: float = 0.4, end: float = 0.95, share: 
     """Keep the stream behind the shallow ``share`` of the blocks and run only the deeper ones."""
 
     def pick(plan: Plan) -> Sequence[SiteChoice]:
-        blocks = max((site.blocks for site in plan.sites), default=0)
+        blocks = blocks_of(plan)
         block = max(0, min(round(share * blocks), blocks - 1) - 1)
-        return requested(f"prefix[{block}]", "stack")(plan)
+        return requested(f"prefix[{block}]")(plan)
 
     return Recipe(parts=(Part(sites=pick, when=at("in_share", interval=interval, start=start, end=end)),))
 
@@ -135,7 +161,7 @@ def blockdance(interval: int = 2, start: float = 0.4, end: float = 0.95, share: 
 @method("FRDiff", 2023, "static", "arXiv 2312.03517", "1.76x")
 def frdiff(interval: int = 2) -> Recipe:
     """Residual blocks keep their features for ``interval`` steps. The mixing of scores is left out."""
-    return Recipe(parts=(Part(sites=if_any(every_one("block")), when=at("every", interval=interval)),))
+    return Recipe(parts=(Part(sites=every_one("block"), when=at("every", interval=interval)),))
 
 
 @method("Step mask (cache-dit's SCM)", 2025, "static", "cache-dit")
@@ -164,9 +190,8 @@ def profiling_dit(share: float = 0.5) -> Recipe:
     """
 
     def pick(plan: Plan) -> Sequence[SiteChoice]:
+        blocks_of(plan)
         blocks = [site for site in every_one("block")(plan) if site.depth >= 0 and site.residual]
-        if not blocks:
-            return one("stack")(plan)
         changes = plan.measure([site.name for site in blocks], "l1")
         order = sorted(blocks, key=lambda site: float(np.nanmean(changes[site.name])))
         calm = sorted(site.depth for site in order[: max(1, round(share * len(order)))])

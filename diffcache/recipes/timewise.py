@@ -14,9 +14,11 @@ from diffcache.recipes.picks import one, requested
 from diffcache.schedule import SiteChoice
 
 
-def forced(first: int = 1, last: int = 0) -> When:
-    """The first and last steps are computed whatever a gate says."""
-    return lambda plan, site: sorted({*range(min(first, plan.steps)), *range(plan.steps - last, plan.steps)})
+def forced(first: int = 1, last: int = 0, interval: int = 1) -> When:
+    """The first and last steps are computed whatever a gate says; of the first every ``interval``-th."""
+    return lambda plan, site: sorted(
+        {*range(0, min(first, plan.steps), interval), *range(plan.steps - last, plan.steps)}
+    )
 
 
 @method("TeaCache", 2024, "timestep-adaptive", "arXiv 2411.19108", "Open-Sora-Plan 4.41x, FLUX 2x")
@@ -50,11 +52,11 @@ def fitted_polynomial(plan: Plan, probe: str, site: SiteChoice, degree: int = 4)
 def magcache(
     threshold: float = 0.12, max_skips: int = 4, retention: float = 0.2, ratios: Sequence[float] | None = None
 ) -> Recipe:
-    """The stack's residual is reused while the product of its magnitude ratios stays near one.
+    """What all blocks add is reused while the product of its magnitude ratios stays near one.
 
     ``rho *= gamma_s, E += |1 - rho|``, reuse while ``E <= threshold`` for at most ``max_skips`` steps, after the first
-    ``retention`` of them. ``gamma_s`` is the mean over tokens of ``|r_s| / |r_{s-1}|``, measured in calibration.
-    Nothing is left to decide at run time.
+    ``floor(retention steps)`` (diffusers rounds). ``gamma_s`` is the mean over tokens of ``|r_s| / |r_{s-1}|``, one at
+    step 0: measured in calibration, or given as ``ratios``. Nothing is left to decide at run time.
     """
 
     def computed(plan: Plan, site: SiteChoice) -> Sequence[int]:
@@ -65,7 +67,7 @@ def magcache(
         values = resample_by_nearest(found, plan.steps)
         return planners.mag_cache(values, threshold=threshold, max_skips=max_skips, retention=retention)
 
-    return Recipe(parts=(Part(sites=one("stack"), when=computed),))
+    return Recipe(parts=(Part(sites=one("stack0"), when=computed),))
 
 
 @method("EasyCache", 2025, "timestep-adaptive", "arXiv 2507.02860", "Hunyuan 2.2x PSNR 32.7, Wan 2.5x")

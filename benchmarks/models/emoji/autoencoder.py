@@ -45,9 +45,9 @@ def to_input(pixels: Tensor) -> Tensor:
 class Draw:
     """Random training pictures, half of them from the favoured groups, half of them mirrored."""
 
-    def __init__(self, batch: int, seed: int, device: torch.device):
+    def __init__(self, batch: int, seed: int):
         train = data.load().where(split="train")
-        self.pixels = torch.from_numpy(train.pixels).to(device)
+        self.pixels = torch.from_numpy(train.pixels)
         weights = torch.tensor([group in FAVOURED for group in train.groups], dtype=torch.float32)
         self.weights = weights / weights.sum() + (1 - weights) / (1 - weights).sum()
         self.batch = batch
@@ -55,7 +55,7 @@ class Draw:
 
     def __call__(self) -> Tensor:
         rows = torch.multinomial(self.weights, self.batch, generator=self.generator)
-        images = to_input(self.pixels[rows.to(self.pixels.device)])
+        images = to_input(self.pixels[rows])
         return images.flip(-1) if torch.rand((), generator=self.generator) < 0.5 else images
 
 
@@ -97,8 +97,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--bf16", action="store_true", help="autocast, for hardware that multiplies in bfloat16")
     parser.add_argument("--decoder-only", action="store_true")
     parser.add_argument("--checkpoint", type=Path, default=Path("out/emoji/vae.ckpt"))
     parser.add_argument("--folder", type=Path, default=FOLDER)
@@ -106,22 +104,19 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
-    model = build().to(arguments.device, memory_format=torch.channels_last)
-    autocast = torch.bfloat16 if arguments.bf16 else None
+    model = build().to(memory_format=torch.channels_last)
     # The first and last convolutions see pixels and latents, whose scales are given; all others see normalised values.
-    trainer = Trainer(
-        model, optimizers(model, lambda name: "resnets" in name or "samplers" in name, 0.01, 1e-3), 200, autocast
-    )
+    trainer = Trainer(model, optimizers(model, lambda name: "resnets" in name or "samplers" in name, 0.01, 1e-3), 200)
     if arguments.checkpoint.exists():
         trainer.load(arguments.checkpoint)
         print(f"going on from step {trainer.step}")
     if arguments.decoder_only:
         model.encoder.requires_grad_(False)
-    draw = Draw(arguments.batch, trainer.step, torch.device(arguments.device))
+    draw = Draw(arguments.batch, trainer.step)
     kl_weight = 0.0 if arguments.decoder_only else KL
     trainer.run(lambda: reconstruction_loss(model, draw(), kl_weight), arguments.minutes * 60, arguments.checkpoint)
 
-    model = trainer.average.cpu()
+    model = trainer.average
     everything = data.load()
     scores = {
         f"{split}, {'all groups' if not groups else 'favoured groups'}": psnr(

@@ -36,6 +36,7 @@ STYLES = (*RENDERED, *DRAWN)
 COLOURED = "fe0f"  # the code point that asks for a picture instead of a letter
 HELD_OUT_CAPTIONS = 0.04  # never seen in any style
 HELD_OUT_PAIRS = 0.10  # caption seen in other styles only
+KEPT_ASIDE = 0.06  # of the training pairs, where training on a GPU is validated
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,9 @@ class Emoji:
             for row in range(len(self))
             if split in (None, self.splits[row]) and all(these is None or of[row] in these for of, these in wanted)
         ]
+        return self.at(rows)
+
+    def at(self, rows: list[int]) -> "Emoji":
         lists = ([values[row] for row in rows] for values in (self.captions, self.styles, self.groups, self.splits))
         return Emoji(self.pixels[rows], *lists)
 
@@ -80,6 +84,11 @@ def split_of(caption: str, style: str) -> str:
     if chance(caption) < HELD_OUT_CAPTIONS:
         return "caption"
     return "pair" if chance(caption + "|" + style) < HELD_OUT_PAIRS else "train"
+
+
+def kept_aside(one: str, other: str) -> bool:
+    """Whether a training pair, of a caption and a style or a motion, is for validation where there is such."""
+    return chance(f"{one}|{other}|validation") < KEPT_ASIDE
 
 
 def chance(words: str) -> float:

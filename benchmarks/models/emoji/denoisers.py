@@ -1,5 +1,6 @@
 """The emoji denoisers: diffusers' own classes at a small size, their losses, and the pipelines they go into."""
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -45,17 +46,22 @@ def flow_loss(model: nn.Module, clean: Tensor, tokens: Tensor, pooled: Tensor) -
     clean = FluxPipeline._pack_latents(clean, *clean.shape)
     noise = torch.randn_like(clean)
     sigma = torch.sigmoid(torch.randn(len(clean), device=clean.device))  # the middle is where there is most to learn
-    img_ids = FluxPipeline._prepare_latent_image_ids(len(clean), SIDE // 2, SIDE // 2, clean.device, clean.dtype)
     velocity = model(
         hidden_states=torch.lerp(clean, noise, sigma[:, None, None]),
         timestep=sigma,
         pooled_projections=pooled,
         encoder_hidden_states=tokens,
         txt_ids=torch.zeros(tokens.shape[1], 3, device=clean.device),
-        img_ids=img_ids,
+        img_ids=image_ids(clean.device),
         return_dict=False,
     )[0]
     return (velocity - (noise - clean)).square().mean()
+
+
+@lru_cache(1)
+def image_ids(device: torch.device) -> Tensor:
+    """Places of the tokens, made once: a copy from the host would keep a training step from becoming a CUDA graph."""
+    return FluxPipeline._prepare_latent_image_ids(1, SIDE // 2, SIDE // 2, device, torch.float32)
 
 
 def mmdit_pipeline(model: nn.Module, vae: AutoencoderKL, encoder: PromptEncoder, tokenizer: Any) -> DiffusionPipeline:
@@ -106,12 +112,18 @@ def unet_sampler() -> DDIMScheduler:
 
 def v_loss(model: nn.Module, clean: Tensor, tokens: Tensor, pooled: Tensor) -> Tensor:
     """Squared error of v = alpha noise - sigma picture (Salimans and Ho, 2022)."""
-    alphas = unet_sampler().alphas_cumprod.to(clean.device)
+    alphas = noise_schedule(clean.device)
     steps = torch.randint(len(alphas), (len(clean),), device=clean.device)
     alpha, sigma = (part.sqrt()[:, None, None, None] for part in (alphas[steps], 1 - alphas[steps]))
     noise = torch.randn_like(clean)
     predicted = model(alpha * clean + sigma * noise, steps, tokens, return_dict=False)[0]
     return (predicted - (alpha * noise - sigma * clean)).square().mean()
+
+
+@lru_cache(1)
+def noise_schedule(device: torch.device) -> Tensor:
+    """Share of the picture left, in squares, after each of the training steps; made once, as `image_ids`."""
+    return unet_sampler().alphas_cumprod.to(device)
 
 
 def unet_pipeline(model: nn.Module, vae: AutoencoderKL, encoder: PromptEncoder, tokenizer: Any) -> DiffusionPipeline:

@@ -25,11 +25,18 @@ from benchmarks.models.emoji import autoencoder, data, features
 from benchmarks.models.emoji.pipeline import EmojiPipeline, EmojiUNetPipeline
 
 PIPELINES = {"mmdit": EmojiPipeline, "unet": EmojiUNetPipeline}
+SPLITS = {"pair": "captions seen in other styles", "caption": "captions never seen"}
 GUTTER = 2  # pixels between the pictures of a grid
 
 
 def to_images(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+
+
+def kept_aside(emoji: data.Emoji) -> data.Emoji:
+    train = emoji.where(split="train")
+    pairs = zip(train.captions, train.styles, strict=True)
+    return train.at([row for row, pair in enumerate(pairs) if data.kept_aside(*pair)])
 
 
 def generate(pipe: DiffusionPipeline, asked: data.Emoji, batch: int = 32, **options: object) -> Tensor:
@@ -96,6 +103,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="default: the folder beside this file")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--aside", action="store_true", help="the training pairs that training on a GPU keeps aside")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     folder = arguments.folder or Path(__file__).parent / arguments.kind
@@ -106,8 +114,8 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     gallery = Gallery(pipe.text_encoder.config["captions"], pipe.text_encoder.config["styles"])
     report: dict[str, object] = {"steps": arguments.steps, "guidance": arguments.guidance}
-    for split, meaning in (("pair", "captions seen in other styles"), ("caption", "captions never seen")):
-        asked = gallery.real.where(split=split)
+    for split, meaning in SPLITS.items() if not arguments.aside else (("aside", "kept aside"),):
+        asked = kept_aside(gallery.real) if arguments.aside else gallery.real.where(split=split)
         drawn = generate(pipe, asked, num_inference_steps=arguments.steps, guidance_scale=arguments.guidance)
         sheet(drawn, asked).save(data.CACHE / f"{arguments.kind}-{split}.png")
         found = gallery.scores(drawn, asked)

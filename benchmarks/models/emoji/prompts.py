@@ -58,12 +58,19 @@ class PromptEncoder(ModelMixin, ConfigMixin):
 
     @classmethod
     def of(
-        cls, captions: Sequence[str], styles: Sequence[str], joined: bool = False, suffix: str = " style"
+        cls,
+        captions: Sequence[str],
+        styles: Sequence[str],
+        joined: bool = False,
+        suffix: str = " style",
+        scales: tuple[float, float] | None = None,
     ) -> "PromptEncoder":
-        """A table of these phrases, scaled so that its numbers have unit mean square."""
-        embedded = [minilm_embedding(phrase) for phrase in (*captions, *styles)]
-        scales = [torch.cat([e[part].reshape(-1) for e in embedded]).square().mean().rsqrt() for part in (0, 1)]
-        encoder = cls(list(captions), list(styles), *(round(scale.item(), 4) for scale in scales), joined, suffix)
+        """A table of these phrases, scaled so that its numbers have unit mean square, or as another table is."""
+        if scales is None:
+            embedded = [minilm_embedding(phrase) for phrase in (*captions, *styles)]
+            squares = [torch.cat([e[part].reshape(-1) for e in embedded]).square().mean() for part in (0, 1)]
+            scales = round(squares[0].rsqrt().item(), 4), round(squares[1].rsqrt().item(), 4)
+        encoder = cls(list(captions), list(styles), *scales, joined, suffix)
         for phrase, row in encoder.rows.items():
             encoder.tokens[row], encoder.pooled[row] = encoder._by_minilm(phrase)
         return encoder

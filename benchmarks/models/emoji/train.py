@@ -25,16 +25,15 @@ STYLES = ("fluent 3d", "fluent gradient", "fluent flat", "noto", "blob")
 PROMPT_DROP = 0.1  # share of empty prompts, which is what guidance needs
 
 
-def known_phrases(everything: bool) -> tuple[list[str], list[str]]:
+def known_phrases() -> tuple[list[str], list[str]]:
     """Captions and styles of the shipped table: captions held out too, since it holds no picture."""
-    known = data.load() if everything else data.load().where(groups=GROUPS, styles=STYLES)
-    return sorted(set(known.captions)), [style for style in data.STYLES if style in set(known.styles)]
+    return sorted(set(data.load().where(groups=GROUPS, styles=STYLES).captions)), list(STYLES)
 
 
 class Draw:
     """Random latents of training pictures with their prompts' embeddings; some prompts are empty."""
 
-    def __init__(self, vae: AutoencoderKL, encoder: PromptEncoder, batch: int, seed: int):
+    def __init__(self, vae: AutoencoderKL, encoder: PromptEncoder, batch: int):
         config, device = encoder.config, vae.device
         train = data.load().where(split="train", captions=config["captions"], styles=config["styles"])
         with torch.no_grad():
@@ -45,13 +44,11 @@ class Draw:
         embedded = encoder.encode(prompts)
         self.tokens, self.pooled = embedded.last_hidden_state.to(device), embedded.pooler_output.to(device)
         self.batch = batch
-        self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self) -> tuple[Tensor, Tensor, Tensor]:
         """Latents [batch, 16, 8, 8], token embeddings [batch, 8 or 10, 384], pooled [batch, 768]."""
-        rows = torch.randint(len(self.latents), (self.batch,), generator=self.generator)
-        kept = (torch.rand(self.batch, generator=self.generator) >= PROMPT_DROP).to(self.latents)
-        rows = rows.to(self.latents.device)
+        rows = torch.randint(len(self.latents), (self.batch,), device=self.latents.device)
+        kept = (torch.rand(self.batch, device=self.latents.device) >= PROMPT_DROP).to(self.latents)
         return self.latents[rows], self.tokens[rows] * kept[:, None, None], self.pooled[rows] * kept[:, None]
 
 
@@ -67,10 +64,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--bf16", action="store_true", help="autocast, for hardware that multiplies in bfloat16")
-    parser.add_argument("--everything", action="store_true", help="every group and style, which takes a GPU to learn")
-    parser.add_argument("--encoder", type=Path, help="a prepared PromptEncoder, where MiniLM is not installed")
     parser.add_argument("--vae", type=Path, default=autoencoder.FOLDER)
     parser.add_argument("--checkpoint", type=Path, help="default: out/emoji/KIND.ckpt")
     parser.add_argument("--folder", type=Path, help="default: the folder beside this file")
@@ -89,26 +82,21 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     build, loss, pipeline = KINDS[arguments.kind]
-    model = build().to(arguments.device)
-    autocast = torch.bfloat16 if arguments.bf16 else None
-    trainer = Trainer(model, optimizers(model, is_matrix, 0.01, 1e-3), horizon=150, autocast=autocast)
+    model = build()
+    trainer = Trainer(model, optimizers(model, is_matrix, 0.01, 1e-3), horizon=150)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
     if checkpoint.exists():
         trainer.load(checkpoint)
         print(f"going on from step {trainer.step}")
     torch.manual_seed(arguments.seed + trainer.step)
-    vae = AutoencoderKL.from_pretrained(arguments.vae).to(arguments.device)
-    if arguments.encoder:
-        encoder = PromptEncoder.from_pretrained(arguments.encoder)
-    else:
-        encoder = PromptEncoder.of(*known_phrases(arguments.everything))
-    encoder.register_to_config(joined=arguments.kind == "unet")
-    draw = Draw(vae, encoder, arguments.batch, trainer.step)
+    vae = AutoencoderKL.from_pretrained(arguments.vae)
+    encoder = PromptEncoder.of(*known_phrases(), joined=arguments.kind == "unet")
+    draw = Draw(vae, encoder, arguments.batch)
     trainer.run(lambda: loss(model, *draw()), arguments.minutes * 60, checkpoint)
 
     folder = arguments.folder or Path(__file__).parent / arguments.kind
     tokenizer = phrase_tokenizer(encoder.config["captions"], encoder.config["styles"])
-    export(pipeline(trainer.average.cpu(), vae.cpu(), encoder, tokenizer), folder)
+    export(pipeline(trainer.average, vae, encoder, tokenizer), folder)
     write_curve(trainer, arguments.batch, folder)
     print(f"wrote {folder} after {trainer.step} steps")
 

@@ -6,6 +6,7 @@ Interrupted runs go on from the checkpoint, and so does a run that is given more
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,14 +23,21 @@ FOLDER = Path(__file__).parent / "video"
 
 
 class Draw:
-    """Random latents of training clips with their prompts' embeddings; some prompts are empty."""
+    """Random latents of the `wanted` clips with their prompts' embeddings; some prompts are empty."""
 
-    def __init__(self, vae: AutoencoderKL, encoder: PromptEncoder, batch: int, seed: int):
-        known = data.load().where(captions=encoder.config["captions"], styles=(clips.STYLE,))
+    def __init__(
+        self,
+        emoji: data.Emoji,
+        vae: AutoencoderKL,
+        encoder: PromptEncoder,
+        batch: int,
+        wanted: Callable[[str, str], bool] = lambda caption, motion: clips.split_of(caption, motion) == "train",
+    ):
+        known = emoji.where(captions=encoder.config["captions"], styles=(clips.STYLE,))
         pictures = autoencoder.to_input(torch.from_numpy(known.pixels))
         latents, prompts = [], []
         for caption, picture in zip(known.captions, pictures, strict=True):
-            motions = [motion for motion in clips.MOTIONS if clips.split_of(caption, motion) == "train"]
+            motions = [motion for motion in clips.MOTIONS if wanted(caption, motion)]
             if motions:
                 frames = torch.cat([clips.clip(picture, motion) for motion in motions]).to(vae.device)
                 with torch.no_grad():
@@ -39,13 +47,11 @@ class Draw:
         self.latents = torch.stack(latents) * vae.config["scaling_factor"]
         self.tokens = encoder.encode(prompts).last_hidden_state.to(vae.device)
         self.batch = batch
-        self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self) -> tuple[Tensor, Tensor]:
         """Latents [batch, 16, 8, 8, 8] and token embeddings [batch, 10, 384]."""
-        rows = torch.randint(len(self.latents), (self.batch,), generator=self.generator)
-        kept = (torch.rand(self.batch, generator=self.generator) >= PROMPT_DROP).to(self.tokens)
-        rows = rows.to(self.tokens.device)
+        rows = torch.randint(len(self.latents), (self.batch,), device=self.tokens.device)
+        kept = (torch.rand(self.batch, device=self.tokens.device) >= PROMPT_DROP).to(self.tokens)
         return self.latents[rows].float(), self.tokens[rows] * kept[:, None, None]
 
 
@@ -84,10 +90,9 @@ def flow_loss(model: nn.Module, clean: Tensor, tokens: Tensor) -> Tensor:
     return (velocity - (noise - clean)).square().mean()
 
 
-def known_prompts(everything: bool) -> PromptEncoder:
+def known_prompts() -> PromptEncoder:
     """MiniLM's embeddings of the captions and the motions."""
-    groups = {} if everything else {"groups": GROUPS}
-    captions = sorted(set(data.load().where(**groups, styles=(clips.STYLE,)).captions))
+    captions = sorted(set(data.load().where(groups=GROUPS, styles=(clips.STYLE,)).captions))
     return PromptEncoder.of(captions, list(clips.MOTIONS), joined=True, suffix="")
 
 
@@ -97,10 +102,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--bf16", action="store_true", help="autocast, for hardware that multiplies in bfloat16")
-    parser.add_argument("--everything", action="store_true", help="every group, which takes a GPU to learn")
-    parser.add_argument("--encoder", type=Path, help="a prepared PromptEncoder, where MiniLM is not installed")
     parser.add_argument("--vae", type=Path, default=autoencoder.FOLDER)
     parser.add_argument("--checkpoint", type=Path, default=data.CACHE / "video.ckpt")
     parser.add_argument("--folder", type=Path, default=FOLDER)
@@ -108,29 +109,25 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
-    model = build().to(arguments.device)
-    autocast = torch.bfloat16 if arguments.bf16 else None
-    trainer = Trainer(model, optimizers(model, is_matrix, 0.01, 1e-3), horizon=150, autocast=autocast)
+    model = build()
+    trainer = Trainer(model, optimizers(model, is_matrix, 0.01, 1e-3), horizon=150)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
     if arguments.checkpoint.exists():
         trainer.load(arguments.checkpoint)
         print(f"going on from step {trainer.step}")
     torch.manual_seed(arguments.seed + trainer.step)
-    vae = AutoencoderKL.from_pretrained(arguments.vae).to(arguments.device)
-    if arguments.encoder:
-        encoder = PromptEncoder.from_pretrained(arguments.encoder)
-    else:
-        encoder = known_prompts(arguments.everything)
-    draw = Draw(vae, encoder, arguments.batch, trainer.step)
+    vae = AutoencoderKL.from_pretrained(arguments.vae)
+    encoder = known_prompts()
+    draw = Draw(data.load(), vae, encoder, arguments.batch)
     print(f"{len(draw.latents)} clips", flush=True)
     trainer.run(lambda: flow_loss(model, *draw()), arguments.minutes * 60, arguments.checkpoint, every=100)
 
     pipe = EmojiVideoPipeline(
         tokenizer=phrase_tokenizer(encoder.config["captions"], encoder.config["styles"], suffix=""),
         text_encoder=encoder,
-        vae=FrameAutoencoder.of(vae.cpu()),
+        vae=FrameAutoencoder.of(vae),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
-        transformer=trainer.average.cpu(),
+        transformer=trainer.average,
     )
     pipe.to(torch.float16).save_pretrained(arguments.folder)
     write_curve(trainer, arguments.batch, arguments.folder)
