@@ -9,6 +9,12 @@ from diffcache.recipes.baselines import (
     steps,
     uniform,
 )
+from diffcache.recipes.guided import (
+    adaptive_guidance,
+    dyncfgcache,
+    fastercache_guided,
+    t_gate,
+)
 from diffcache.recipes.layerwise import (
     adacache,
     block_caching,
@@ -46,6 +52,7 @@ from diffcache.recipes.predictive import (
     resilphase,
     rfc,
     scalingcache,
+    speca,
     spectrum,
     taocache,
     tap,
@@ -78,7 +85,14 @@ from diffcache.recipes.timewise import (
     teacache,
 )
 from diffcache.recipes.tokens import Tokens
-from diffcache.recipes.tokenwise import clusca, duca, fastcache_tokens, procache_tokens, ras, toca
+from diffcache.recipes.tokenwise import (
+    clusca,
+    duca,
+    fastcache_tokens,
+    procache_tokens,
+    ras,
+    toca,
+)
 from diffcache.recipes.views import (
     freqca,
     hyca,
@@ -96,6 +110,7 @@ __all__ = [
     "ab_cache",
     "adacache",
     "adaptive_diffusion",
+    "adaptive_guidance",
     "block_caching",
     "blockdance",
     "budcache",
@@ -110,6 +125,7 @@ __all__ = [
     "dicache",
     "dpcache",
     "duca",
+    "dyncfgcache",
     "easycache",
     "ecad",
     "ertacache",
@@ -118,6 +134,7 @@ __all__ = [
     "fastcache_tokens",
     "faster_diffusion",
     "fastercache",
+    "fastercache_guided",
     "fbcache",
     "foca",
     "fora",
@@ -151,10 +168,12 @@ __all__ = [
     "scalingcache",
     "seacache",
     "smoothcache",
+    "speca",
     "spectrum",
     "step_mask",
     "steps",
     "svdcache",
+    "t_gate",
     "taocache",
     "tap",
     "taylorseer",

@@ -148,6 +148,32 @@ def vde(stable: int = 6, interval: int = 3) -> Recipe:
     return Recipe(parts=(Part(sites=one("output"), when=when, predictor=predictor),))
 
 
+@method("SpeCa", 2025, "hybrid", "arXiv 2509.11628", "FLUX 6.34x, DiT 7.3x, Hunyuan 6.1x")
+def speca(
+    threshold: float = 0.3,
+    decay: float = 0.5,
+    floor: float = 0.1,
+    order: int = 2,
+    warm_up: int = 3,
+    unchecked: int = 1,
+    longest: int = 8,
+) -> Recipe:
+    """Forecast all blocks but the last by TaylorSeer, run the last on it, and accept if it gives its own forecast.
+
+    ``mean(|pred - true| / |true|) <= max(threshold * decay^(s / S), floor)``; a refused step is completed, and only the
+    last block runs again. The first ``unchecked`` forecasts in a row pass as they are, ``longest`` is the most.
+    """
+    options = {"threshold": threshold, "decay": decay, "floor": floor, "unchecked": unchecked, "longest": longest}
+    part = Part(
+        sites=one("blocks[:-1]"),
+        check=one("blocks[-1:]"),
+        when=forced(warm_up),
+        gate=GateSpec("verify", options),
+        predictor=Predict("taylor", {"order": order}),
+    )
+    return Recipe(parts=(part,))
+
+
 @method("TAP", 2026, "hybrid", "CVPR 2026", "FLUX 6.24x ImageReward .99, Qwen-Image 3.57x")
 def tap(interval: int = 5, warm_up: int = 3, max_order: int = 2, shifts: int = 4) -> Recipe:
     """Each token takes the Taylor order and horizon that would have forecast its modulated input best at this step."""
