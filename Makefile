@@ -23,7 +23,7 @@ demo: $(STAMP)
 	$(BIN)/python -m demo $(if $(QUICK),--quick)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 agreement: $(PEERS)/.set-up
 	$(PEERS)/bin/python -m pytest benchmarks/agreement $(ARGS)

@@ -39,6 +39,7 @@ MODELS: dict[str, tuple[Callable[[], Any], list[str]]] = {
 }
 INK = "#1b2733"
 MOST_SITES = 40  # rows that can still be told apart
+MOST_CHANGE = 0.3  # at the end of the colour scale: what changes more is rare
 
 
 def measure(name: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -54,26 +55,27 @@ def measure(name: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     return changes, sensitivity
 
 
+def short(site: str) -> str:
+    """ "block:up_blocks.2.attentions.1" as "block up 2 attentions 1", so that names fit beside their rows."""
+    return " .. ".join(end.replace("_blocks.", " ").replace(":", " ").replace(".", " ") for end in site.split(".."))
+
+
 def draw(axes: Any, name: str, changes: dict[str, np.ndarray], sensitivity: dict[str, np.ndarray]) -> Any:
     left, right = axes
     names = list(changes)[:: -(-len(changes) // MOST_SITES)]
-    shown = left.imshow(np.stack([changes[site] for site in names]), aspect="auto", cmap="viridis", vmin=0, vmax=0.5)
-    left.set_yticks(
-        range(len(names)), [site if len(site) < 40 else f"{site[:18]} ... {site[-18:]}" for site in names], fontsize=5
+    shown = left.imshow(
+        np.stack([changes[site] for site in names]), aspect="auto", cmap="viridis", vmin=0, vmax=MOST_CHANGE
     )
+    left.set_yticks(range(len(names)), [short(site) for site in names], fontsize=6)
     left.set_xticks(range(0, STEPS - 1, 3), range(1, STEPS, 3), fontsize=7)
     left.set_title(f"{name}: change of each site since the step before", fontsize=9, color=INK, loc="left")
-    for site, values in list(sensitivity.items())[:4]:
-        right.semilogy(
-            range(STEPS),
-            np.maximum(values, 1e-8),
-            lw=1.5,
-            label=site if len(site) < 36 else f"{site[:18]} ... {site[-14:]}",
-        )
-    right.set_title("error in the picture per error at one step", fontsize=9, color=INK, loc="left")
-    right.legend(fontsize=6, frameon=False)
+    for (site, values), style in zip(sensitivity.items(), ("-", "--", "-.", ":"), strict=False):
+        right.semilogy(range(STEPS), np.maximum(values, 1e-8), style, lw=1.7, label=short(site))
+    right.set_title("error in the result per error at one step", fontsize=9, color=INK, loc="left")
+    right.legend(fontsize=6.5, frameon=False)
     right.tick_params(labelsize=7)
     right.spines[["top", "right"]].set_visible(False)
+    right.grid(axis="y", lw=0.3)
     for axis in axes:
         axis.set_xlabel("denoising step", fontsize=7, color=INK)
     return shown
@@ -88,15 +90,15 @@ def main() -> None:
     torch.set_num_threads(1)
     count = len(options.models)
     figure, axes = plt.subplots(
-        count, 2, figsize=(11, 3.9 * count), layout="constrained", squeeze=False, width_ratios=(1.7, 1)
+        count, 2, figsize=(11, 4.4 * count), layout="constrained", squeeze=False, width_ratios=(1.7, 1)
     )
     for row, name in zip(axes, options.models, strict=True):
         shown = draw(row, name, *measure(name))
-    bar = figure.colorbar(shown, ax=axes[:, 0].tolist(), location="bottom", shrink=0.5, aspect=40)
-    bar.set_label("relative L2 change", fontsize=7)
+    bar = figure.colorbar(shown, ax=axes[-1, 0], location="bottom", aspect=50, extend="max")
+    bar.set_label("relative L2 change (0: the same value as at the step before)", fontsize=7)
     bar.ax.tick_params(labelsize=7)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.out, dpi=130)
+    figure.savefig(options.out, dpi=96)
     print(f"wrote {options.out}")
 
 

@@ -1,9 +1,9 @@
-"""How a sampler calls its denoiser: which inputs stay the same over a generation, which one is the clock."""
+"""How a sampler calls its denoiser: which inputs stay the same over a generation, the clock, branches of guidance."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,12 +13,27 @@ from diffcache.tracing.session import Bound
 
 
 @dataclass(frozen=True)
+class TwoBranches:
+    """How the two branches of guidance are called: in two calls a step, or as the halves of one batch.
+
+    ``unconditional``: which of the two it is, the one called first (or the first half) being 0; None where calibration
+    does not tell, for the ``reason`` given. ``names``: of their contexts in the order of the calls, if they have any.
+    """
+
+    batched: bool
+    unconditional: int | None = None
+    names: tuple[str, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class CallPattern:
     """What calibration saw of one denoiser's calls.
 
     ``invariant``: paths of inputs equal at every call of one stream (a stream is the sequence of calls with one
     condition: conditional and unconditional guidance are two). ``clock``: the path of the timestep, if there is one.
-    ``probe``: the path of the latent. ``steps``: calls per stream. ``streams``: streams per generation.
+    ``probe``: the path of the latent. ``steps``: calls per stream. ``streams``: streams per generation. ``branches``:
+    how guidance is called, if there are two branches. ``shared``: inputs that all samples of a batch have in common.
     """
 
     invariant: tuple[tree.Path, ...]
@@ -27,6 +42,8 @@ class CallPattern:
     steps: int
     streams: int = 1
     clock_values: tuple[float, ...] = ()
+    branches: TwoBranches | None = None
+    shared: tuple[tree.Path, ...] = ()
 
 
 def input_leaves(bound: Bound) -> dict[tree.Path, Any]:
@@ -57,13 +74,19 @@ def host_value(leaf: Any) -> float | None:
 
 @dataclass
 class LoggedCall:
-    """One call seen in calibration: its context name and a digest of each input leaf."""
+    """One call seen in calibration: its context name and a digest of each input leaf.
+
+    Of tensors also ``rows``: how long the first dimension is, and a digest of the first row; and ``halves``: a digest
+    of the first row of the second half, and whether the halves are equal.
+    """
 
     context: str
     digests: dict[tree.Path, int]
     sizes: dict[tree.Path, int]
     clock: dict[tree.Path, float]
     stream: int = -1
+    rows: dict[tree.Path, tuple[int, int]] = field(default_factory=dict)
+    halves: dict[tree.Path, tuple[int, bool]] = field(default_factory=dict)
 
 
 def log_call(bound: Bound, context: str) -> LoggedCall:
@@ -75,7 +98,14 @@ def log_call(bound: Bound, context: str) -> LoggedCall:
         for path, leaf in leaves.items()
         if not _is_complex(leaf)
     }
-    return LoggedCall(context, digests, sizes, {path: value for path, value in values.items() if value is not None})
+    call = LoggedCall(context, digests, sizes, {path: value for path, value in values.items() if value is not None})
+    for path, leaf in leaves.items():
+        if isinstance(leaf, torch.Tensor) and leaf.ndim and len(leaf):
+            call.rows[path] = (len(leaf), _digest(leaf[0]))
+            if len(leaf) % 2 == 0:
+                first, second = leaf.chunk(2)
+                call.halves[path] = (_digest(second[0]), torch.equal(first, second))
+    return call
 
 
 def _is_complex(leaf: Any) -> bool:

@@ -76,8 +76,8 @@ def judge(
         judged.append((error, denoiser))
     report(f"judge schedules of {calibration.name}", len(candidates) * prompts, len(candidates) * prompts)
     error, chosen = _best(judged, effort)
-    if chosen.schedule.rows and not chosen.steps_forecast:
-        if chosen.schedule.gates and chosen.decisions:
+    if not chosen.schedule.is_exact and not chosen.steps_forecast:
+        if chosen.schedule.is_online and chosen.decisions:
             raise ValueError(
                 f"{chosen.schedule.origin} lets nothing pass on the calibration prompts of {calibration.name}: nothing "
                 "would be cached; allow it a larger change"
@@ -153,6 +153,6 @@ def _predicted(record: Profile, schedule: Schedule) -> float | None:
     cells = [cell for row in schedule.rows for cell in row.cells]
     # of parts and tokens that go their own way a Gram matrix of whole values knows nothing
     parts = any(isinstance(cell, Partial) or (isinstance(cell, Forecast) and cell.view) for cell in cells)
-    if not schedule.rows or not known or parts or schedule.is_online:
+    if not schedule.rows or not known or parts or schedule.is_online or schedule.guidance is not None:
         return None
     return max(searching.predicted_error(record, schedule), 0.0) ** 0.5

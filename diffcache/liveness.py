@@ -28,18 +28,18 @@ def live_nodes(graph: fx.Graph, replaced: Collection[fx.Node] = (), kept: Iterab
     """
     given = set(replaced)
     roots = [node for node in graph.nodes if is_root(node)]
-    live = _reached([*roots, *(node for node in kept if node not in given)], given)
+    live = reached([*roots, *(node for node in kept if node not in given)], given)
     guards = [node for node in graph.nodes if node.meta.get("guard")]
     if guards:
-        gone = _reached(roots, set()) - live if given else set()
+        gone = reached(roots, set()) - live if given else set()
         for guard in guards:
-            chain = _reached([guard], given | live)
+            chain = reached([guard], given | live)
             if not chain & gone:
                 live |= chain
     return live
 
 
-def _reached(start: Iterable[fx.Node], stop: Collection[fx.Node]) -> set[fx.Node]:
+def reached(start: Iterable[fx.Node], stop: Collection[fx.Node]) -> set[fx.Node]:
     """``start`` and everything it needs, not going past ``stop``."""
     found: set[fx.Node] = set()
     todo = list(start)

@@ -12,6 +12,8 @@ from diffcache import predictors
 from diffcache.cells import COMPUTE, Cell, Forecast, Given, Online, Selected
 from diffcache.forecasting import times
 from diffcache.memory import in_full
+from diffcache.ops import difference_form, extrapolate
+from diffcache.predictors.from_values import constant
 from diffcache.programs import BASIS, History
 from diffcache.schedule import Schedule
 
@@ -61,6 +63,15 @@ class ProbeHistory:
             if (row, part, BASIS) not in history:
                 value = in_full(history[row, part, cell.steps[0]])
                 history[row, part, BASIS] = measure(value.to(self._device or value.device), **cell.view.options)
+
+    def value(self, row: int, cell: Forecast | Given, history: History) -> Tensor:
+        """What a forecast gives for the first value of a row, less its anchor where it is kept so."""
+        if isinstance(cell, Given):
+            return extrapolate(None, *cell.made[0])
+        values = [in_full(history[row, 0, step]) for step in cell.steps]
+        values = [value.to(self._device or value.device, non_blocking=True) for value in values]
+        wide = torch.float64 if values[0].dtype == torch.float64 else torch.float32
+        return extrapolate(None, values, constant(difference_form(cell.weights), wide, values[0].device))
 
     def given(self, row: int, cell: Online, made: Sequence[int], step: int, history: History) -> Given:
         """The forecast of a row from the values of its newest computed steps ``made``, and from the probe now.

@@ -22,6 +22,7 @@ from diffcache import gram
 from diffcache.call_pattern import CallPattern, LoggedCall, find_pattern, log_call
 from diffcache.cost import Cost
 from diffcache.finding import SiteFinder
+from diffcache.guided_calls import with_branches
 from diffcache.memory import MemoryPlan, entry_bytes, plan_memory, probe_entry
 from diffcache.options import RunOptions
 from diffcache.profile_record import Profile, SiteProfile
@@ -221,7 +222,7 @@ def calibrate(
         sketches.append(observer.sketches)
         references.append(result)
     report(f"profile {name}", prompts, prompts)
-    pattern = find_pattern(generations, min_steps)
+    pattern = with_branches(find_pattern(generations, min_steps), generations)
     for index, calls in enumerate(generations):
         steps = max(Counter(call.stream for call in calls).values())
         if steps != pattern.steps:

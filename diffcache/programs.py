@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,7 @@ from diffcache.options import RunOptions
 from diffcache.pipeline import PREPARE, SPECIALISE, PassReport, run_passes
 from diffcache.progress import waiting
 from diffcache.schedule import COMPUTE, SKIP, Cell, Schedule
-from diffcache.segments import Cuts, in_order, segment_numbers
+from diffcache.segments import Cuts, before_check, in_order, segment_numbers
 from diffcache.sites import Site
 from diffcache.token_programs import NEWEST, TokenRegions, part_flops, without_tokens
 from diffcache.tracing import tree
@@ -45,6 +46,27 @@ class Program:
         self.order = [str(node.target) for node in module.graph.nodes if node.op == "placeholder"][
             len(module.meta["inputs"]) :
         ]
+
+    @functools.cached_property
+    def effect(self) -> str:
+        """The first node that would change something for a program that runs after this one; empty for none."""
+        nodes = self.module.graph.nodes
+        given = {node.meta.get("storage") for node in nodes if node.op in ("placeholder", "get_attr")} - {None}
+        for node in nodes:
+            in_place = node.op == "call_method" and str(node.target).endswith("_")
+            written = node.all_input_nodes[:1] if in_place else node.all_input_nodes
+            lasting = node.meta.get("writes") and any(source.meta.get("storage") in given for source in written)
+            if node.meta.get("random") or node.meta.get("persistent") or lasting:
+                return str(node.name)
+        return ""
+
+    def refuse_effects(self) -> None:
+        """Raise ValueError if it cannot be run before another program of the same segment as if it had not been."""
+        if self.effect:
+            raise ValueError(
+                f"{self.title} checks a forecast and may have to run again, but '{self.effect}' draws random numbers "
+                "or writes into what was there before; use a gate that decides before the step"
+            )
 
     def __call__(
         self,
@@ -115,6 +137,7 @@ class Programs:
         sites: Sequence[Site],
         *,
         probes: Sequence[Site] = (),
+        checks: Mapping[str, Sequence[int]] | None = None,
         flops: Mapping[str, float] | None = None,
         options: RunOptions = RunOptions(),  # noqa: B008  (frozen)
         title: str = "denoiser",
@@ -123,7 +146,8 @@ class Programs:
         self.options, self.title = options, title
         self._flops = flops or {}
         self.regions = TokenRegions(variant.graph_module, self.sites, self._flops)
-        hoisting = {"hoist_step_invariant": {"invariant": frozenset(invariant)}}
+        named = frozenset(name for site in (*sites, *probes) for name in (*site.values, *site.anchors) if name)
+        hoisting = {"hoist_step_invariant": {"invariant": frozenset(invariant), "named": named}}
         self.reports: list[PassReport]
         self.body, self.reports = run_passes(
             variant.graph_module, PREPARE, hoisting, title=f"{title}-prepare", disable=options.disable_passes
@@ -132,8 +156,10 @@ class Programs:
         self.prologue: Callable[..., Any] | None = None if prologue is None else lower(prologue, options.backend)
         self.prologue_module: fx.GraphModule | None = prologue
         self.paths: tuple[tree.Path, ...] = self.body.meta["inputs"]
-        self.cuts = in_order(self.body.graph, probes)
+        self.checks = dict(checks or {}) if self.sites else {}
+        self.cuts = self._cuts()
         self.rows = self._rows()
+        self._refuse_scattered_checks()
         self._programs: dict[Any, Program] = {}
         self._owners = _owners(prologue) if prologue is not None else []
 
@@ -159,6 +185,32 @@ class Programs:
             found = self._specialise(cells, live, title, self.cuts, segment, keeping)
             self._programs[key] = found
         return found
+
+    def _cuts(self) -> list[list[Site]]:
+        """A cut for each place in the graph with a probe, and one before each check that is made on a forecast."""
+        cuts: list[list[Site]] = []
+        for cut in in_order(self.body.graph, self.probes):
+            for probe in cut:
+                forecast = [self.sites[row] for row in self.checks.get(probe.name, ())]
+                before = before_check(self.body.graph, probe, forecast) if forecast else None
+                cuts += [[before]] if before is not None else []
+            cuts.append(cut)
+        return cuts
+
+    def _refuse_scattered_checks(self) -> None:
+        """Raise ValueError where a check and what it is made on do not run as one segment of their own."""
+        of_cut = {probe.name: number for number, cut in enumerate(self.cuts) for probe in cut}
+        for name, rows in self.checks.items():
+            here = of_cut[name]
+            all_rows = [*rows, *(row for row, site in enumerate(self.sites) if site.name == name)]
+            segments = {row: [n for n, part in enumerate(self.rows) if row in part] for row in all_rows}
+            away = [self.sites[row].name for row in all_rows if segments[row] != [here]]
+            others = [other for other in self.checks if other != name and of_cut[other] == here]
+            if away or others:
+                raise ValueError(
+                    f"'{name}' cannot be checked on forecasts of {away or others}: these are to be computed after all "
+                    "other probes and before it; check the block that reads what is forecast"
+                )
 
     def kept_as(self, row: int, value: int, step: int) -> tuple[int, int, int]:
         """Where in history a written value stands; of keys and values only the newest are kept."""
@@ -254,7 +306,7 @@ class Programs:
 
     def counts(self, schedule: Schedule) -> dict[str, int]:
         """Ops of the capture, hoisted, and left in the cheapest column."""
-        if schedule.is_online:  # what was decided so far
+        if schedule.is_online and schedule.rows:  # what was decided so far
             parts = [[p for (n, *_), p in self._scheduled() if n == number] for number in range(len(self.cuts) + 1)]
             ops = [sum(min((count_ops(p.module.graph) for p in part), default=0) for part in parts)]
         else:

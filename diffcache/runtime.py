@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from diffcache.call_pattern import CallPattern, host_value
-from diffcache.deciding import looked_at
+from diffcache.deciding import checks_of, looked_at
+from diffcache.each_sample import several
 from diffcache.fingerprint import graph_fingerprint
 from diffcache.memory import Kept, in_full, in_words, to_host
 from diffcache.options import RunOptions
@@ -29,11 +30,10 @@ from diffcache.token_programs import NEWEST, check_options
 from diffcache.tracing import tree
 from diffcache.tracing.captured import Captured
 from diffcache.tracing.errors import CaptureError, GuardFailed, user_frame
-from diffcache.tracing.session import Bound
+from diffcache.tracing.session import Bound, unbind
 from diffcache.tracing.variant import Variant
 
 MAX_STREAMS = 16
-_CAPTURING = threading.RLock()  # recording a forward patches torch.nn.Module for the whole process
 
 
 class SiteFinder(Protocol):
@@ -76,8 +76,10 @@ class CachedDenoiser(nn.Module):
         self._context = threading.local()
         self._said: set[str] = set()
         self._looks = looked_at(schedule)
-        self._probes = tuple(sorted(set().union(*self._looks.values())))
-        self._logs: deque[tuple[str, list[str]]] = deque(maxlen=MAX_STREAMS)
+        self._checks = {schedule.rows[row].site: rows for row, rows in checks_of(schedule).values()}
+        self._probes = tuple(sorted(set(self._checks).union(*self._looks.values())))
+        self.logs: deque[tuple[str, list[str]]] = deque(maxlen=MAX_STREAMS)
+        self._several = several(self)
         self.reset()
         self.training = self.denoiser.training
 
@@ -121,14 +123,14 @@ class CachedDenoiser(nn.Module):
         """Forget every stream and the counts: the next call starts a generation."""
         with self._lock:
             self._streams.clear()
-            self._logs.clear()
+            self.logs.clear()
             self.steps_computed = self.steps_forecast = 0
             self.flops = self.flops_in_full = 0.0
 
     @property
     def decisions(self) -> list[tuple[str, list[str]]]:
         """The newest streams: the guidance branch if it was named, and the printed column of each step so far."""
-        return [(name, list(log)) for name, log in self._logs]
+        return [(name, list(log)) for name, log in self.logs if log]
 
     def with_schedule(self, schedule: Schedule) -> CachedDenoiser:
         """The same denoiser under another schedule; captures and programs are shared."""
@@ -156,32 +158,39 @@ class CachedDenoiser(nn.Module):
         if self.captured.refused is not None:
             return self.denoiser(*args, **kwargs)
         bound = self.captured.bind(args, kwargs)
-        tried: list[Variant] = []
-        while True:
-            try:
-                variant = self._untried(bound, tried) or self._capture(bound, tried)
-            except CaptureError as error:
-                if self.captured.on_uncapturable == "raise":
-                    raise
-                self.captured.refused = str(error)
-                self.say_once(f"runs uncached: {error}")
-                return self.denoiser(*args, **kwargs)
-            try:
-                return self._step(variant, bound)
-            except GuardFailed:
-                tried.append(variant)
-
-    def _untried(self, bound: Bound, tried: Sequence[Variant]) -> Variant | None:
-        return next((v for v in self.captured.candidates(bound) if all(v is not t for t in tried)), None)
-
-    def _capture(self, bound: Bound, tried: Sequence[Variant]) -> Variant:
-        with _CAPTURING:  # another thread may have captured this kind of call in the meantime
-            return self._untried(bound, tried) or self.captured.add(bound)
-
-    def _step(self, variant: Variant, bound: Bound) -> Any:
-        programs = self.programs(variant, bound)
         with self._lock:
             stream, step = self._place(bound)
+        try:
+            if self._several is None or step is None:
+                result = self.perform(bound, stream, step)
+            else:
+                self._several.join(stream, self._streams)
+                result = self._several.run(bound, stream, step)
+        except BaseException:  # an interrupted generation leaves nothing behind
+            self._forget(stream, *(stream.generation.streams if stream.generation is not None else ()))
+            raise
+        if step == self.schedule.steps - 1:
+            self._forget(stream)
+        return result
+
+    def _forget(self, *streams: Stream) -> None:
+        with self._lock:
+            self._streams = [stream for stream in self._streams if all(stream is not other for other in streams)]
+
+    def perform(self, bound: Bound, stream: Stream, step: int | None) -> Any:
+        """Run a call as one step of a stream; in full if the step is None."""
+        try:
+            return self.captured.serve(bound, lambda variant: self._step(variant, bound, stream, step))
+        except CaptureError as error:
+            if self.captured.on_uncapturable == "raise":
+                raise
+            self.captured.refused = str(error)
+            self.say_once(f"runs uncached: {error}")
+            args, kwargs = unbind(self.captured.signature, bound)
+            return self.denoiser(*args, **kwargs)
+
+    def _step(self, variant: Variant, bound: Bound, stream: Stream, step: int | None) -> Any:
+        programs = self.programs(variant, bound)
         leaves, column = programs.leaves(bound), None
         written: History = {}
         try:
@@ -195,10 +204,7 @@ class CachedDenoiser(nn.Module):
         except GuardFailed:
             stream.deciding.undo()
             raise
-        except BaseException:
-            with self._lock:  # an interrupted generation leaves nothing behind
-                self._streams = [s for s in self._streams if s is not stream]
-            raise
+        stream.flops = programs.full().flops
         self._advance(stream, step, column, written, result)
         return result
 
@@ -212,15 +218,16 @@ class CachedDenoiser(nn.Module):
         written: History = {}
         result: Any = None
         for segment, rows in enumerate(programs.rows):
-            for row, cell in deciding.cells(rows, stream.history, programs.regions).items():
-                column[row] = cell
-            program = self._count(programs, programs.program(self.schedule, step, column, segment))
-            weights = self._step_weights(program, column, leaves)
-            result, kept = program(leaves, hoisted, stream.history, column, weights, carried)
-            for (row, value), tensor in zip(program.writes, kept, strict=True):
-                written[programs.kept_as(row, value, step)] = tensor
-            for name, probe in zip(program.probes, result if program.probes else (), strict=True):
-                deciding.show(name, probe.detach())
+            for on_trial in deciding.columns(column, rows, stream.history, programs.regions):
+                program = self._count(programs, programs.program(self.schedule, step, column, segment))
+                if on_trial:
+                    program.refuse_effects()
+                weights = self._step_weights(program, column, leaves)
+                result, kept = program(leaves, hoisted, stream.history, column, weights, carried)
+                for (row, value), tensor in zip(program.writes, kept, strict=True):
+                    written[programs.kept_as(row, value, step)] = tensor
+                shown = zip(program.probes, result if program.probes else (), strict=True)
+                deciding.show({name: x.detach() if isinstance(x, torch.Tensor) else x for name, x in shown})
         return result, column, written
 
     def _count(self, programs: Programs, program: Program) -> Program:
@@ -231,7 +238,7 @@ class CachedDenoiser(nn.Module):
     def programs(self, variant: Variant, bound: Bound) -> Programs:
         """The programs of a variant; its sites are found by name, so a schedule applies at another resolution."""
         names = tuple(row.site for row in self.schedule.rows)
-        key = (id(variant), names, self._probes)
+        key = (id(variant), names, (*self._probes, *map(str, self._checks.items())))
         found = self._programs.get(key)
         if found is None:
             wanted = (*names, *self._probes)
@@ -258,6 +265,7 @@ class CachedDenoiser(nn.Module):
             self.pattern.invariant,
             sites[: len(names)],
             probes=sites[len(names) :],
+            checks=self._checks,
             flops=self._find_sites.flops(variant, bound),
             options=self.options,
             title=self._program_title(names),
@@ -286,11 +294,13 @@ class CachedDenoiser(nn.Module):
         invariants = [leaf for path in self.pattern.invariant if (leaf := input_at(bound, path)) is not None]
         latent = input_at(bound, self.pattern.probe)
         found = [stream for stream in reversed(self._streams) if stream.serves(owner, invariants)]
-        clock = host_value(input_at(bound, self.pattern.clock)) if self.schedule.rows else None
+        follows = self.schedule.rows or self.schedule.guidance is not None
+        clock = host_value(input_at(bound, self.pattern.clock)) if follows else None
         if clock is None:  # nothing to follow, or a timestep on a device: count calls
             stream = found[0] if found else self._begin(owner, invariants)
             if stream.position + 1 >= self.schedule.steps:
                 stream.restart()
+            stream.latent = latent
             return stream, stream.position + 1
         caller = calling(found, invariants, latent)
         table = self.schedule.clock or self.pattern.clock_values
@@ -316,7 +326,7 @@ class CachedDenoiser(nn.Module):
     def _begin(self, owner: tuple[Any, ...], invariants: list[Any], on_schedule: bool = True) -> Stream:
         stream = Stream(owner, invariants, self.schedule)
         stream.on_schedule = on_schedule
-        self._logs.append((owner[0], stream.deciding.log))
+        self.logs.append((owner[0], stream.deciding.log))
         self._streams.append(stream)
         del self._streams[:-MAX_STREAMS]
         return stream
@@ -349,7 +359,7 @@ class CachedDenoiser(nn.Module):
     def _advance(
         self, stream: Stream, step: int | None, column: Sequence[Cell] | None, written: History, result: Any
     ) -> None:
-        forecast = column is not None and any(isinstance(cell, Forecasting) for cell in column)
+        forecast = stream.partial or (column is not None and any(isinstance(cell, Forecasting) for cell in column))
         self.steps_forecast += forecast
         self.steps_computed += not forecast
         if step is None:
@@ -358,9 +368,6 @@ class CachedDenoiser(nn.Module):
             stream.deciding.finish(column, self._watched(stream, written, result))
         kept = {key: _detached(value) for key, value in written.items()}
         stream.keep(step, {key: to_host(v) for key, v in kept.items()} if self.options.offload_history else kept)
-        if step == self.schedule.steps - 1:
-            with self._lock:
-                self._streams = [s for s in self._streams if s is not stream]
 
     def _watched(self, stream: Stream, written: History, result: Any) -> dict[int, list[torch.Tensor]]:
         """What each gate of the stream watches, at this step."""

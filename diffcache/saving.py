@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from diffcache.call_pattern import CallPattern
+from diffcache.call_pattern import CallPattern, TwoBranches
 from diffcache.finding import SiteFinder
 from diffcache.fingerprint import graph_fingerprint, module_fingerprint
 from diffcache.integrations.diffusers import is_pipeline, with_components
@@ -189,6 +189,8 @@ def _pattern_to_json(pattern: CallPattern) -> dict[str, Any]:
         "steps": pattern.steps,
         "streams": pattern.streams,
         "clock_values": list(pattern.clock_values),
+        "branches": None if pattern.branches is None else asdict(pattern.branches),
+        "shared": [list(map(list, path)) for path in pattern.shared],
     }
 
 
@@ -203,4 +205,6 @@ def _pattern_from_json(data: Mapping[str, Any]) -> CallPattern:
         int(data["steps"]),
         int(data["streams"]),
         tuple(data["clock_values"]),
+        None if (found := data.get("branches")) is None else TwoBranches(**{**found, "names": tuple(found["names"])}),
+        tuple(p for steps in data.get("shared", ()) if (p := path(steps)) is not None),
     )

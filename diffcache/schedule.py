@@ -30,6 +30,8 @@ from diffcache.cells import (
     cell_to_json,
     character,
 )
+from diffcache.documents import read_document
+from diffcache.guidance import DECIDE, SAMPLES, Guidance, guidance_from_json
 from diffcache.token_reads import Lookers, keeps_tokens, lookers, token_structure
 
 FORMAT = "diffcache.schedule"
@@ -120,7 +122,10 @@ class Schedule:
     """Decisions for a whole generation of ``steps`` steps; rows that are missing are computed at every step.
 
     ``clock`` holds the timestep values it was calibrated at, ``origin`` says how it was made, and ``flops_fraction`` is
-    the share of the uncached generation's FLOPs that is still computed. Raises ValueError for anything inconsistent.
+    the share of the uncached generation's FLOPs that is still computed. ``guidance`` says what becomes of the
+    unconditional branch; without it both branches follow the rows. The branches of a generation decide each for itself
+    (``decide="separate"``) or all follow the one called first ("shared"); the samples of a batch decide together, or
+    each for itself (``samples="alone"``). Raises ValueError for anything inconsistent.
     """
 
     steps: int
@@ -129,6 +134,9 @@ class Schedule:
     clock: tuple[float, ...] = ()
     origin: str = ""
     flops_fraction: float = 1.0
+    guidance: Guidance | None = None
+    decide: str = "separate"
+    samples: str = "together"
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -146,6 +154,13 @@ class Schedule:
         self._lookers  # noqa: B018  (checks them)
         for step in range(self.steps):
             _check_column(self.rows, step)
+        if self.decide not in DECIDE or self.samples not in SAMPLES:
+            raise ValueError(
+                f"decide is {self.decide!r} and samples {self.samples!r}; expected {' or '.join(DECIDE)}, and "
+                f"{' or '.join(SAMPLES)}"
+            )
+        if self.guidance is not None:
+            self.guidance.check(self.steps)
 
     @classmethod
     def exact(cls, steps: int) -> Schedule:
@@ -158,8 +173,10 @@ class Schedule:
         return tuple(row.cells[step] for row in self.rows)
 
     def computed_steps(self) -> tuple[int, ...]:
-        """Steps at which no site is or may be forecast: the denoiser runs in full."""
+        """Steps at which no site is or may be forecast, and no branch left out: the denoiser runs in full."""
         forecast = {step for row in self.rows for step, cell in enumerate(row.cells) if not isinstance(cell, Action)}
+        if self.guidance is not None:
+            forecast.update(self.guidance.left_out(self.steps))
         return tuple(step for step in range(self.steps) if step not in forecast)
 
     @cached_property
@@ -174,7 +191,13 @@ class Schedule:
     @property
     def is_online(self) -> bool:
         """Whether anything is decided at run time."""
-        return bool(self.gates) or any(row.keeps for row in self.rows)
+        gated = bool(self.gates) or (self.guidance is not None and self.guidance.gate is not None)
+        return gated or any(row.keeps for row in self.rows)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether everything is computed at every step."""
+        return len(self.computed_steps()) == self.steps
 
     def writes(self, step: int, column: Sequence[Cell] | None = None) -> frozenset[str]:
         """Sites whose value computed at this step is (or may be) read by a later forecast; no other need be kept.
@@ -235,7 +258,7 @@ class Schedule:
         """Keep the forecasts of these sites and compute all others: the move for bisecting a bad result.
 
         ``flops_fraction`` is kept, and is then only a lower bound. Cells skipped because they lay inside a site that is
-        computed again are computed too.
+        computed again are computed too, and so are both branches of guidance.
         """
         known = [row.site for row in self.rows]
         unknown = sorted(set(sites) - set(known))
@@ -249,7 +272,7 @@ class Schedule:
             if row.site in sites:
                 cells = (COMPUTE if c is SKIP and t not in covered else c for t, c in enumerate(row.cells))
             rows.append(replace(row, cells=tuple(cells)))
-        return replace(self, rows=tuple(rows), origin=f"{self.origin} only {sorted(sites)}".strip())
+        return replace(self, rows=tuple(rows), guidance=None, origin=f"{self.origin} only {sorted(sites)}".strip())
 
     def to_json(self) -> str:
         """Text that ``from_json`` reads back to an equal schedule."""
@@ -270,13 +293,16 @@ class Schedule:
                 }
                 for row in self.rows
             ],
+            "guidance": None if self.guidance is None else self.guidance.to_json(),
+            "decide": self.decide,
+            "samples": self.samples,
         }
         return json.dumps(document, indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Schedule:
         """Read what ``to_json`` wrote. Raises ValueError for anything else, and for files of a newer version."""
-        document = _read_document(text)
+        document = read_document(text, FORMAT, VERSION)
         try:
             return cls(
                 steps=document["steps"],
@@ -285,6 +311,9 @@ class Schedule:
                 clock=tuple(float(value) for value in document["clock"]),
                 origin=document["origin"],
                 flops_fraction=float(document["flops_fraction"]),
+                guidance=guidance_from_json(document.get("guidance")),
+                decide=document.get("decide", "separate"),
+                samples=document.get("samples", "together"),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
@@ -293,7 +322,7 @@ class Schedule:
 
     def __str__(self) -> str:
         """The readable grid: C compute, r reuse, f forecast, g gated, t computed for some tokens, . skipped in another
-        site's forecast.
+        site's forecast, - left out.
 
         In the columns that a run comes to (``CachedDenoiser.decisions``) v is a forecast whose weights were made from
         values.
@@ -303,8 +332,11 @@ class Schedule:
             f"schedule: {len(self.rows)} sites x {self.steps} steps, "
             f"{100 * self.flops_fraction:.0f} % of FLOPs computed, {programs} programs"
         ]
-        width = max((len(row.site) for row in self.rows), default=4)
-        lines += [f"  {row.site:<{width}}  {''.join(map(character, row.cells))}" for row in self.rows]
+        grid = [(row.site, "".join(map(character, row.cells))) for row in self.rows]
+        if self.guidance is not None:
+            grid.append((f"unconditional ({self.guidance.rule})", self.guidance.printed(self.steps)))
+        width = max((len(name) for name, _ in grid), default=4)
+        lines += [f"  {name:<{width}}  {cells}" for name, cells in grid]
         ruler = "".join(f"{step:<5}" for step in range(0, self.steps, 5)).rstrip()
         return "\n".join([*lines, f"  {'step':<{width}}  {ruler}"])
 
@@ -358,22 +390,3 @@ def _row_from_json(row: dict[str, Any]) -> Row:
     gate = row.get("gate")
     spec = None if gate is None else GateSpec(gate["name"], gate["options"])
     return Row(str(row["site"]), bool(row["residual"]), tuple(map(cell_from_json, row["cells"])), spec)
-
-
-def _read_document(text: str) -> dict[str, Any]:
-    try:
-        document = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"this is no schedule file: it is not JSON ({error}); expected the output of to_json()"
-        ) from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ValueError(f"this is JSON but no schedule file: it lacks 'format': '{FORMAT}'")
-    version = document.get("version")
-    if not isinstance(version, int) or version < 1:
-        raise ValueError(f"this schedule file has no usable version number (got {version!r}, expected 1 to {VERSION})")
-    if version > VERSION:
-        raise ValueError(
-            f"this schedule file has version {version}, this diffcache reads up to {VERSION}; upgrade diffcache"
-        )
-    return document

@@ -2,6 +2,9 @@
 
 Segment ``i`` computes the probe of cut ``i`` and what it needs; the last segment computes the rest. What a segment
 makes and a later one reads is carried. Nodes with effects (writes, random draws) keep their order.
+
+A segment may run twice where a check is made on a forecast: first with the forecast and, if that is refused, as it is.
+What both runs need and no forecast changes is computed before, in a segment of its own (``before_check``).
 """
 
 from __future__ import annotations
@@ -10,8 +13,9 @@ from collections.abc import Collection, Sequence
 
 from torch import fx
 
-from diffcache.liveness import sources
+from diffcache.liveness import reached, sources
 from diffcache.sites import Site
+from diffcache.tracing.spec import TensorSpec
 
 Cuts = Sequence[Sequence[Site]]  # the probes of each cut, in the order in which they are computed
 
@@ -31,6 +35,27 @@ def in_order(graph: fx.Graph, probes: Collection[Site]) -> list[list[Site]]:
             raise ValueError(f"probe '{probe.name}' names nodes {missing} that this graph lacks")
         ends.setdefault(max(order[name] for name in probe.values), []).append(probe)
     return [ends[end] for end in sorted(ends)]
+
+
+def before_check(graph: fx.Graph, check: Site, forecast: Collection[Site]) -> Site | None:
+    """What a check needs beside the forecasts that it is made on, as a probe; None where that is nothing.
+
+    ``check`` is the site whose value is computed and compared, ``forecast`` are the sites before it.
+    """
+    named = named_nodes(graph)
+    given = {named[value] for site in forecast for value in site.values}
+    anchors = {named[anchor] for site in forecast for anchor in site.anchors if anchor}
+    wanted = {named[name] for name in (*check.values, *filter(None, check.anchors))}
+    needed = reached((wanted | anchors) - given, given)
+    changed = set(given)
+    for node in graph.nodes:
+        if any(source in changed for source in sources(node)):
+            changed.add(node)
+    found = [(name, node) for name, node in named.items() if node in needed - changed and node.op.startswith("call_")]
+    # a probe is the first of its values
+    found.sort(key=lambda pair: not isinstance(pair[1].meta.get("val"), TensorSpec))
+    names = tuple(name for name, _ in found)
+    return Site(f"before {check.name}", "probe", names, (None,) * len(names), "", 0.0, 0) if names else None
 
 
 def segment_numbers(graph: fx.Graph, cuts: Cuts) -> dict[fx.Node, int]:

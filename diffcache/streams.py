@@ -31,6 +31,27 @@ class Stream:
         self.hoisted: dict[Programs, tuple[Any, Sequence[Any]]] = {}
         self.latent: Any = None
         self.deciding = Deciding(self.schedule)
+        self.flops = 0.0  # of its latest call, had it run in full
+        self.partial = False  # whether its calls are those of one half of a batch
+        self.generation: Any = None  # what joins it with the other branches (see ``generations``)
+        self.parts: list[Stream] = []  # one for each sample, if each decides for itself
+        self.bound: Bound | None = None  # its latest call, where another branch may have to run it ahead of time
+        self.ahead: Any = None  # what was run ahead of time
+
+    def has_run(self) -> None:
+        """A call ran; what has no rows leaves no column to print."""
+        if not self.schedule.rows:
+            self.deciding.log.append("C")
+
+    def leave_out(self, step: int, printed: str = "-") -> None:
+        """A step passes at which this branch does not run."""
+        self.deciding.log.append(printed)
+        self.keep(step, {})
+
+    def forget(self) -> None:
+        """What it keeps was made from other inputs than those of the sampler."""
+        self.history.clear()
+        self.deciding.made = [[] for _ in self.schedule.rows]
 
     def keep(self, step: int, written: History) -> None:
         """A step has run: add what it wrote to history, and forget what no later step reads."""

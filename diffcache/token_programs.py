@@ -42,8 +42,8 @@ class TokenRegions:
 
     def sizes(self, schedule: Schedule) -> dict[str, int]:
         """Bytes of the keys and values of each row that keeps them."""
-        rows = keeping_rows(schedule)
-        return {token_entry(schedule.rows[row].site): self.of(row).bytes_kept for row in rows}
+        kept = {schedule.rows[row].site: self.of(row).bytes_kept for row in keeping_rows(schedule)}
+        return {token_entry(site): size for site, size in kept.items() if size}
 
     def check(self, schedule: Schedule, segments: Sequence[Collection[str]]) -> None:
         """Find all regions now; ``segments`` are the nodes of each, by name in the capture.

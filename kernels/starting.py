@@ -74,7 +74,10 @@ class Recorded(Start):
         self.complete &= None not in numbers  # else there is a copy, which would have to be made again
         rest = (*arguments[count:], *constants.values())
         self.interpreted = compiled is None
-        self.launches.append(Launch((kernel if compiled is None else compiled)[grid], itemgetter(*numbers), rest))
+        launcher = (
+            kernel[grid] if compiled is None else compiled[(*grid, 1, 1)[:3]]
+        )  # a compiled one wants three numbers
+        self.launches.append(Launch(launcher, itemgetter(*numbers), rest))
 
     def replay(self, result: Any) -> Replay | None:
         """What gives the operation's result for other tensors of these layouts; None if it did more than launch."""

@@ -17,7 +17,7 @@ Needs ``flatten_inputs``. ``meta["prologue"]`` is the graph module that computes
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from torch import fx
 
@@ -25,26 +25,50 @@ from diffcache.graphs import copy_graph_module, find_output
 from diffcache.liveness import sources
 
 
-def hoist_step_invariant(gm: fx.GraphModule, *, invariant: Collection[object] = ()) -> fx.GraphModule:
-    """Move all nodes that depend only on the inputs at ``invariant`` paths, parameters and constants to a prologue."""
+def hoist_step_invariant(
+    gm: fx.GraphModule, *, invariant: Collection[object] = (), named: Collection[str] = ()
+) -> fx.GraphModule:
+    """Move all nodes that depend only on the inputs at ``invariant`` paths, parameters and constants to a prologue.
+
+    Equal values come out of it once, except those that sites go by (``named``).
+    """
     fixed = _fixed_nodes(gm.graph, frozenset(invariant))
     work = [node for node in gm.graph.nodes if node in fixed and node.op.startswith("call_")]
     values = [n for n in work if not n.meta.get("guard") and any(user not in fixed for user in n.users)]
+    first = _first_of_equals(work, named)
+    distinct = list(dict.fromkeys(first.get(value, value) for value in values))
     gm.meta["hoisted"] = len(work)
-    gm.meta["prologue"] = _prologue(gm, {n.name for n in fixed}, [n.name for n in values]) if work else None
+    gm.meta["prologue"] = _prologue(gm, {n.name for n in fixed}, [n.name for n in distinct]) if work else None
     if not work:
         return gm
     last = [node for node in gm.graph.nodes if node.op == "placeholder"][-1]
-    for index, node in enumerate(values):
+    inputs: dict[fx.Node, fx.Node] = {}
+    for index, node in enumerate(distinct):
         with gm.graph.inserting_after(last):
-            last = gm.graph.placeholder(f"hoisted_{index}")
+            last = inputs[node] = gm.graph.placeholder(f"hoisted_{index}")
         last.meta = {k: v for k, v in node.meta.items() if k != "deps"}
         last.meta.setdefault("captured_as", node.name)
-        node.replace_all_uses_with(last)
+    for node in values:
+        node.replace_all_uses_with(inputs[first.get(node, node)])
     for node in reversed(work):
         if not node.users:
             gm.graph.erase_node(node)
     return gm
+
+
+def _first_of_equals(work: Sequence[fx.Node], named: Collection[str]) -> dict[fx.Node, fx.Node]:
+    """For each node the first that computes the same from the same: every block brings the same rotary table anew."""
+    first: dict[fx.Node, fx.Node] = {}
+    if any(node.meta.get("writes") or node.meta.get("mutated") for node in work):
+        return first  # then the same read may find something else
+    known: dict[object, fx.Node] = {}
+    for node in work:
+        if node.op == "call_module" or node.name in named:
+            continue
+        same = fx.node.map_arg((node.args, node.kwargs), lambda source: first.get(source, source))
+        # by its text, for what is no node compares by value: a 1, a 1.0 and a True are three things
+        first[node] = known.setdefault((node.op, node.target, repr(same)), node)
+    return first
 
 
 def _fixed_nodes(graph: fx.Graph, invariant: frozenset[object]) -> set[fx.Node]:

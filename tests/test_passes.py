@@ -119,6 +119,27 @@ def test_hoisting_moves_the_prompt_to_a_prologue(golden: Golden) -> None:
     assert module.meta["hoisted"] == count_ops(prologue.graph) == 2
 
 
+class TwoBlocks(nn.Module):
+    """Each block brings the table that both use to its own shape."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+        for _ in range(2):
+            x = x * torch.sin(prompt).mean(1).unsqueeze(1)
+        return x * t
+
+
+def test_equal_values_come_out_of_the_prologue_once() -> None:
+    merged, apart = (flat(TwoBlocks()) for _ in range(2))
+    last = [node.name for node in apart.graph.nodes if node.target == "unsqueeze"][-1]
+    merged = hoist_step_invariant(merged, invariant={PROMPT})
+    apart = hoist_step_invariant(apart, invariant={PROMPT}, named={last})
+    for module, count in ((merged, 1), (apart, 2)):
+        module.recompile()
+        hoisted = module.meta["prologue"](*inputs())
+        assert len(hoisted) == count
+        assert torch.equal(module(*inputs(), *hoisted), TwoBlocks()(*inputs()))
+
+
 def test_hoisting_without_invariant_inputs_does_nothing() -> None:
     module = flat()
     before = lines(module)

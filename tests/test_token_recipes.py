@@ -273,7 +273,7 @@ def test_a_row_on_some_tokens_in_a_later_segment(name: str) -> None:
     """A gate looks at the first block; what it lets pass is exact with all tokens, and the same as without a cut."""
     blocks = sites_of(name, "block")
     first = next(site for site in blocks if site.depth == 0)
-    gate = GateSpec("relative_change", {"probe": first.name, "threshold": 1e9})
+    gate = GateSpec("accumulated_change", {"probe": first.name, "threshold": 1e9})
     later = [site for site in sites_of(name, "attention", "feedforward") if site.depth > 0]
     for share in (1.0, 0.25):
         cells = tuple(grid("Ctttttttt", Partial(share, "norm")))
@@ -290,7 +290,7 @@ def test_a_row_on_some_tokens_in_a_later_segment(name: str) -> None:
 def test_a_probe_in_the_middle_of_a_site_is_refused() -> None:
     blocks = sites_of("dit", "block")
     last, stack = next(site for site in blocks if site.depth == 1), sites_of("dit", "stack0")[0]
-    gate = GateSpec("relative_change", {"probe": last.name, "threshold": 1e9})
+    gate = GateSpec("accumulated_change", {"probe": last.name, "threshold": 1e9})
     row = Row(stack.name, stack.residual, tuple(grid("Ctttttttt", Partial(0.5))), gate)
     denoiser = calibrated("dit").cached(Schedule(STEPS, (row,), clock=calibrated("dit").profile.clock))
     with pytest.raises(ValueError, match="in the middle of it"):
@@ -376,8 +376,8 @@ def test_tocas_keep_ratio() -> None:
     assert shares["attn:blocks.0.attn"] == []
     often = recipes.toca(interval=4, interval_weight=0.4).schedule(Plan(50, SITES))
     gaps = [b - a for a, b in zip(often.computed_steps(), often.computed_steps()[1:], strict=False)]
-    assert gaps[0] == 3
-    assert gaps[-2] == 6
+    assert gaps == sorted(gaps)
+    assert (gaps[0], gaps[-1]) == (3, 6)
 
 
 def test_tokens_need_a_predictor_by_steps() -> None:

@@ -31,7 +31,7 @@ def newest(computed: Sequence[int], step: int) -> list[tuple[int, float]]:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Given(Recipe):
-    """The decisions of a peer, site by site: what our recipes cannot decide yet is taken from the peer's run.
+    """The decisions of a peer, site by site, taken from its run: to compare sites and predictors alone.
 
     ``computed``: name or role of a site -> the steps at which it is computed; all other steps are forecast with
     ``predict(computed, step) -> (step, weight), ...``, newest first.

@@ -1,7 +1,7 @@
-"""diffcache beside each peer: the same decisions step by step, and latents and model outputs equal to 1e-4.
+"""Sites and predictors beside each peer, on the decisions that the peer made: latents and outputs equal to 1e-4.
 
-What our recipes cannot decide yet is taken from the peer's run (``Given``): then sites and predictors are compared, on
-the decisions that the peer made.
+The steps are taken from the peer's run (``Given``). Where a recipe disagrees (``test_recipes.py``) and these tests do
+not, its gate is to blame.
 """
 
 from __future__ import annotations

@@ -2,6 +2,14 @@
 
 Options are those of the peer's run in ``cases``. Where a recipe does not copy a fault of the original, the recipe is
 compared twice: as it is, where the fault does not show, and with the fault put in the place of its predictor.
+
+What no run here shows, because it takes an equality, a batch or a threshold that nobody sets:
+
+* A change equal to the threshold computes, as in ParaAttention and cache-dit; the hook in diffusers skips.
+* A change that is not a number computes; the hook in diffusers skips.
+* cache-dit skips whatever the change when its threshold is 1 or more; ours compares.
+* Peers decide by the mean over a batch, ours by the sample that most needs to be computed. All runs are of batch 1.
+* MagCache's sums are fp32 in diffusers, fp64 here.
 """
 
 from __future__ import annotations

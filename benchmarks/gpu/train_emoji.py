@@ -172,18 +172,18 @@ class Watch:
 
     def __init__(self, trainer: Trainer, loss: Callable[[nn.Module], Tensor]):
         self.trainer, self.loss = trainer, loss
-        self.values: list[float] = []
-        self.best: dict[str, Tensor] = {}
+        self.curve: list[tuple[int, float, float]] = []  # step, seconds, loss
+        self.best: tuple[int, dict[str, Tensor]] = (0, {})
 
     @torch.no_grad()
     def __call__(self) -> None:
-        average = self.trainer.average
-        with self.trainer.autocasting():
-            value = torch.stack([self.loss(average) for _ in range(8)]).mean().item()
-        self.values.append(value)
+        trainer = self.trainer
+        with trainer.autocasting():
+            value = torch.stack([self.loss(trainer.average) for _ in range(8)]).mean().item()
         print(f"  kept aside: {value:.5f}", flush=True)
-        if value == min(self.values):
-            self.best = copy.deepcopy(average.state_dict())
+        if value < min((before for *_, before in self.curve), default=float("inf")):
+            self.best = trainer.step, copy.deepcopy(trainer.average.state_dict())
+        self.curve.append((trainer.step, trainer.seconds, value))
 
 
 def train_one(name: str, out: Path, until: float, device: str, captured: bool, small: bool) -> None:
@@ -203,21 +203,28 @@ def train_one(name: str, out: Path, until: float, device: str, captured: bool, s
     trainer = Trainer(denoiser, rates, horizon=500, autocast=torch.bfloat16 if device == "cuda" else None)
     watch = Watch(trainer, lambda average: model.loss(average, *validation()))
     budget = until - time.time() - TO_WRITE
+    if budget <= 0:
+        raise ValueError(f"{name}: reading the data took {-budget:.0f} s longer than --seconds; give more")
     print(f"{name}: {budget:.0f} s for training", flush=True)
     every = 2 if small else 200
     trainer.run(lambda: model.loss(denoiser, *draw()), budget, every=every, captured=captured, watch=watch)
-    keys = ("step", "seconds", "loss", "kept aside")
-    curve = [
-        dict(zip(keys, (*entry, value), strict=True)) for entry, value in zip(trainer.curve, watch.values, strict=True)
-    ]
-    training = json.dumps({"batch": batch, "curve": curve})
-    write(trainer.average.state_dict(), training, out / f"{name}-last")
-    write(watch.best, training, out / f"{name}-best")
+    watch()
     print(f"{name}: {trainer.step} steps, {batch * trainer.step / budget:.0f} samples/s", flush=True)
+    write(trainer.average.state_dict(), trainer, watch, batch, out / f"{name}-last")
+    step, weights = watch.best
+    if step < trainer.step:
+        write(weights, trainer, watch, batch, out / f"{name}-best")
 
 
-def write(weights: dict[str, Tensor], training: str, path: Path) -> None:
-    """The weights in half precision, with the curve, in parts `path`.0, `path`.1 ..."""
+def write(weights: dict[str, Tensor], trainer: Trainer, watch: Watch, batch: int, path: Path) -> None:
+    """The weights in half precision, with the curves, in parts `path`.0, `path`.1 ..."""
+    curves = {"curve": trainer.curve, "kept aside": watch.curve}
+    keys = ("step", "seconds", "loss")
+    rounded = {
+        name: [dict(zip(keys, (step, round(spent), round(loss, 4)), strict=True)) for step, spent, loss in curve]
+        for name, curve in curves.items()
+    }
+    training = json.dumps({"batch": batch, "best of kept aside": watch.best[0], **rounded})
     content = save({key: value.half().cpu().contiguous() for key, value in weights.items()}, {"training": training})
     for number, start in enumerate(range(0, len(content), PART)):
         path.with_name(f"{path.name}.{number}").write_bytes(content[start : start + PART])

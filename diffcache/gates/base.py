@@ -13,6 +13,10 @@ At every step, in this order:
    handed to ``learn`` before the next decision, so that nothing waits for them.
 4. ``done(moment, computed)``: what came of it.
 
+A gate with ``checks`` decides after a forecast: its probe is the site of one of its rows, and is computed on the
+forecast of its other rows. Then ``foregone`` stands in the place of ``look``, and ``check`` makes the numbers for
+``follow``.
+
 State may be replaced but not changed in place: a step that has to start again puts back a shallow copy.
 """
 
@@ -58,6 +62,7 @@ class Gate:
             gate's rows computed, whatever they keep of them), or "" for nothing.
     """
 
+    checks: ClassVar[bool] = False
     probe: str = "latent"
     against: ClassVar[str] = "previous"
     watch: ClassVar[str] = ""
@@ -72,6 +77,14 @@ class Gate:
     def measure(self, new: Tensor, old: Tensor, moment: Moment) -> Tensor:
         """Numbers ``[samples]`` or ``[samples, k]`` that say how much the probe has changed."""
         return direct(relative_change)(new, old)
+
+    def foregone(self, moment: Moment) -> bool | None:
+        """Of a gate that checks: pass the forecast unchecked (True), compute (False), or check it (None)."""
+        return None
+
+    def check(self, computed: Tensor, forecast: Tensor, moment: Moment) -> Tensor:
+        """Of a gate that checks: how far the probe, computed on a forecast, is from its own forecast, ``[samples]``."""
+        return relative_change(forecast, computed)
 
     def follow(self, moment: Moment, numbers: Numbers) -> Decision:
         """Which samples may be forecast. ``numbers`` is ``[samples, k]``; k is 0 where ``look`` returned None."""

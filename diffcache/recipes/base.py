@@ -19,6 +19,7 @@ from diffcache import predictors
 from diffcache.cells import COMPUTE, Cell, Forecast, GateSpec, Online, Partial, View
 from diffcache.forecasting import forecast, used
 from diffcache.gates import make_gate
+from diffcache.guidance import Guidance
 from diffcache.profile_record import Profile
 from diffcache.recipes.tokens import Tokens
 from diffcache.schedule import Row, Schedule, SiteChoice
@@ -161,24 +162,32 @@ def first_step(plan: Plan, site: SiteChoice) -> Collection[int]:
 class Part:
     """Some sites, the steps at which they are computed in any case, and what happens at the others.
 
-    Without a gate all others are forecast; with one, those that it lets pass. At the steps that ``tokens`` name a few
-    tokens are computed, of the sites that can run on a few.
+    Without a gate all others are forecast; with one, those that it lets pass. ``check`` picks the site that a gate
+    compares which checks forecasts ("verify"): it is computed on the forecast of the part's sites. At the steps that
+    ``tokens`` name a few tokens are computed, of the sites that can run on a few.
     """
 
     sites: Pick
     when: When = first_step
     gate: Gating | None = None
     predictor: Predict = Predict()
+    check: Pick | None = None
     tokens: Tokens | None = None
 
     def rows(self, plan: Plan, title: str) -> list[Row]:
-        """Raises ValueError where no site of a part that is about tokens can run on some of them."""
+        """Raises ValueError where no site of a part that is about tokens can run on some, or a check has no gate."""
         sites = self.sites(plan)
         refused = {site.name: plan.mixes_tokens(site.name) for site in sites} if self.tokens is not None else {}
         if refused and all(refused.values()):
             raise ValueError(f"{title} finds no site that can run on a few tokens; the first of them: "
                              f"{next(iter(refused.values()))}")  # fmt: skip
-        return [self._row(plan, site, title) for site in sites]
+        if self.check is None:
+            return [self._row(plan, site, title) for site in sites]
+        (checked,), spec = self.check(plan), self.gate
+        if not isinstance(spec, GateSpec):
+            raise ValueError(f"{title} checks '{checked.name}', but by no gate; give the part GateSpec('verify', ...)")
+        part = replace(self, gate=replace(spec, options={**spec.options, "probe": checked.name}))
+        return [part._row(plan, site, title) for site in (*sites, checked)]
 
     def _row(self, plan: Plan, site: SiteChoice, title: str) -> Row:
         computed = sorted(set(self.when(plan, site)))
@@ -220,25 +229,42 @@ def _looking(plan: Plan, gate: GateSpec | None) -> GateSpec | None:
 class Recipe:
     """Parts for different sites, and how branches of guidance and samples of a batch go together.
 
-    ``origin`` is the call that made it.
+    ``guidance`` says when the unconditional branch is computed and what stands for it else; ``decide`` and ``samples``
+    whether branches and samples decide together (see ``Schedule``). ``origin`` is the call that made it.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[Part, ...] = ()
     origin: str = "recipe"
+    guidance: Guidance | Callable[[Plan], Guidance] | None = None
+    decide: str = "separate"
     samples: str = "together"
 
     def each_sample(self) -> Recipe:
-        """Every sample of a batch decides for itself, at the price of running them one by one where they differ."""
+        """Every sample of a batch decides for itself, bit for bit as if it were alone; they run one by one for it."""
         return replace(self, samples="alone")
 
     def schedule(self, plan: Plan) -> Schedule:
         """The schedule for one denoiser. Raises ValueError for a site or a step that does not exist there."""
         rows = [row for part in self.parts for row in part.rows(plan, self.origin)]
-        if not rows:
+        guidance = self.guidance(plan) if callable(self.guidance) else self.guidance
+        if not rows and guidance is None:
             raise ValueError(f"{self.origin} finds no site here; the sites are: {plan.known()}")
         saved = {row.site: plan.site(row.site).flops_fraction_saved for row in rows}
-        left = 1.0 - sum(saved[row.site] * _saves(cell) for row in rows for cell in row.cells) / plan.steps
-        return Schedule(plan.steps, tuple(rows), clock=plan.clock, origin=self.origin, flops_fraction=max(left, 1e-6))
+        left = 0.0
+        for step in range(plan.steps):
+            forecast = sum(saved[row.site] * _saves(row.cells[step]) for row in rows)
+            branches = 2 if guidance is None or guidance.gate or step in guidance.computed else 1
+            left += (1.0 - forecast) * branches / 2 / plan.steps
+        return Schedule(
+            plan.steps,
+            tuple(rows),
+            clock=plan.clock,
+            origin=self.origin,
+            flops_fraction=min(max(left, 1e-6), 1.0),
+            guidance=guidance,
+            decide=self.decide,
+            samples=self.samples,
+        )
 
     def __repr__(self) -> str:
         return self.origin

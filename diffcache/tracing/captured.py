@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from diffcache.tracing.session import Bound, bind
 from diffcache.tracing.variant import Variant, capture_variant
 
 MAX_VARIANTS = 64
+_CAPTURING = threading.RLock()  # recording a forward patches torch.nn.Module for the whole process
 Key = tuple[Any, ...]
 
 
@@ -108,6 +110,26 @@ class Captured(nn.Module):
                 if variant.trace.reads.changed() is None:
                     found.append(variant)
         return found
+
+    def serve(self, bound: Bound, run: Callable[[Variant], Any]) -> Any:
+        """Run something on the first variant whose guards hold; this kind of call is captured if there is none.
+
+        Raises:
+            CaptureError: it cannot be replayed exactly.
+        """
+        tried: list[Variant] = []
+        while True:
+            variant = self._untried(bound, tried)
+            if variant is None:
+                with _CAPTURING:  # another thread may have captured this kind of call in the meantime
+                    variant = self._untried(bound, tried) or self.add(bound)
+            try:
+                return run(variant)
+            except GuardFailed:
+                tried.append(variant)
+
+    def _untried(self, bound: Bound, tried: Sequence[Variant]) -> Variant | None:
+        return next((v for v in self.candidates(bound) if all(v is not t for t in tried)), None)
 
     def add(self, bound: Bound) -> Variant:
         """Capture this kind of call.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -110,8 +111,11 @@ def rebuild_object(kind: type, attributes: dict[str, Any], items: dict[Any, Any]
     make: Any = kind.__new__
     copy = make(kind)
     if items:
+        put: Any = (
+            OrderedDict.__setitem__ if isinstance(copy, OrderedDict) else dict.__setitem__
+        )  # it has an order to keep
         for key, item in items.items():
-            dict.__setitem__(copy, key, item)
+            put(copy, key, item)
     for name in slots_of_class(kind) if not hasattr(copy, "__dict__") else ():
         if name in attributes:
             object.__setattr__(copy, name, attributes[name])
@@ -137,6 +141,15 @@ def with_children(value: Any, items: Mapping[Step, Any]) -> Any:
     if isinstance(value, Mapping) and hasattr(value, "__dict__"):
         attributes = {**vars(value), **{k: v for k, v in keys.items() if k in vars(value)}}
     return rebuild_object(type(value), attributes, keys)
+
+
+def with_leaves(value: Any, leaves: Mapping[Path, Any], path: Path = ()) -> Any:
+    """A copy of ``value`` with other leaves at these paths; all else is shared with it."""
+    if path in leaves:
+        return leaves[path]
+    if not is_container(value) or not any(found[: len(path)] == path for found in leaves):
+        return value
+    return with_children(value, {step: with_leaves(item, leaves, (*path, step)) for step, item in children(value)})
 
 
 def differences(before: Any, after: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
