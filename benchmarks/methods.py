@@ -114,7 +114,7 @@ def _measured(denoiser: CachedDenoiser) -> dict[str, Any]:
 
 def wanted(names: Sequence[str], only: Sequence[str], settings: int) -> Iterator[tuple[str, str, Settings]]:
     """(model, way, setting) in the order of importance."""
-    ways = {**BASELINES, **{recipe: SETTINGS.get(recipe, [{}]) for recipe in METHODS}}
+    ways = {**{recipe: SETTINGS.get(recipe, [{}]) for recipe in METHODS}, **BASELINES}
     for number in range(settings):
         for name in names:
             for way, choices in ways.items():

@@ -36,6 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "adaptive_diffusion": {"theta": 0.5},
     "budcache": {"iterations": 2, "max_trials": 3},
     "bwcache": {"threshold": 1.0, "hold": 0.2},
+    "clusca": {"clusters": 4},  # of 16 tokens
     "dbcache": {"front": 1, "warm_up": 3, "threshold": 2.0},
     "dbprune": {"threshold": 0.3},
     "dicache": {"threshold": 2.0},
