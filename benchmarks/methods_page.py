@@ -58,7 +58,7 @@ class StandIn(Plan):
     def measure(self, names: Sequence[str], how: str, gaps: int = 1, raw: bool = False) -> Mapping[str, Any]:
         self.asked.add("changes")
         generator = np.random.default_rng(1)
-        shape = {"linear_change": (2, STEPS, 5)}.get(how, (2, STEPS, gaps))
+        shape = (2, STEPS, 5 if how == "pooled" else gaps)
         return {name: 0.1 + 0.02 * generator.random(shape) for name in names}
 
     def trajectory(self, name: str) -> Any:
@@ -273,10 +273,10 @@ Written by `python -m benchmarks.methods_page`; do not edit. A recipe is sites x
 branch: `diffcache.compile(pipe, prompts, recipe=diffcache.recipes.teacache(threshold=0.2))`.
 
 Axes are read from the recipe at its defaults, on a stand-in of {BLOCKS} blocks and {STEPS} steps. *When* counts
-computed steps, *entries kept* is the most values of history that one site holds times the number of sites. *Published* is what
-the source reports, on its own models. The last columns are ours: FLOPs left, speed-up of the process's time on one CPU
-thread, and PSNR to the uncached result, on held-out prompts and a held-out seed, over 28 steps at the recipe's middle
-setting (`benchmarks/method_settings.py`). Empty cells are not measured yet.
+computed steps, *entries kept* is the most values of history that one site holds times the number of sites.
+*Published* is what the source reports, on its own models. The last columns are ours: FLOPs left, speed-up of the
+process's time on one CPU thread, and PSNR to the uncached result, on held-out prompts and a held-out seed, over 28
+steps at the recipe's middle setting (`benchmarks/method_settings.py`). Empty cells are not measured yet.
 
 ## Recipes
 

@@ -23,8 +23,10 @@ from diffcache.ops import relative_change
 from diffcache.profiling import Calibration, Generate
 from diffcache.programs import Programs
 from diffcache.sites import Site
+from diffcache.streams import input_at
+from diffcache.tracing import tree
 from diffcache.tracing.errors import GuardFailed
-from diffcache.tracing.session import Bound
+from diffcache.tracing.session import Bound, unbind
 from diffcache.tracing.variant import Variant
 
 Array = NDArray[np.float64]
@@ -95,16 +97,19 @@ def measure_changes(
 
     Args:
         names: sites or probes of the calibrated denoiser.
-        how: one of ``MEASURES``; of a site with several values their mean.
+        how: one of ``MEASURES``; of a site with several values their mean. Or "pooled": each value's (the first one's)
+            mean over samples and tokens, ``[streams, steps, channels]``. Or "derivative" of the output, against the
+            names "latent" and "timestep": see ``_Moving``.
         gaps: how many earlier steps each value is compared with.
         raw: measure values as they are, not less their anchors.
 
     Raises:
         ValueError: an unknown measure, or a name that this denoiser has no site or probe of.
     """
-    if how not in MEASURES:
-        raise ValueError(f"unknown measure '{how}'; known: {sorted(MEASURES)}")
-    watcher = _Watcher(calibration, tuple(names), MEASURES[how], gaps, raw)
+    if how not in (*MEASURES, "pooled", "derivative"):
+        raise ValueError(f"unknown measure '{how}'; known: {sorted([*MEASURES, 'pooled', 'derivative'])}")
+    kind = {"pooled": _Pooling, "derivative": _Moving}.get(how, _Watcher)
+    watcher = kind(calibration, tuple(names), MEASURES.get(how, l1), gaps, raw)
     found: dict[str, list[Array]] = {name: [] for name in names}
     for index in range(prompts):
         watcher.begin()
@@ -193,3 +198,75 @@ class _Watcher(nn.Module):
         self.numbers.setdefault(stream, []).append(row)
         earlier.insert(0, values)
         del earlier[self.gaps :]
+
+
+class _Pooling(_Watcher):
+    """Notes what each value is like at each step: its mean over samples and tokens."""
+
+    def _note(self, stream: Any, values: list[list[Tensor]]) -> None:
+        pooled = [parts[0].float().reshape(-1, parts[0].shape[-1]).mean(0).double().cpu().numpy() for parts in values]
+        self.numbers.setdefault(stream, []).append(pooled)
+
+
+_MOVED = 0.01  # of the latent's length
+_PART_OF_A_STEP = 0.1
+
+
+class _Moving(_Watcher):
+    """Calls the denoiser again with a moved latent or time and notes ``|v' - v|_2 / |v|_2`` per unit of the move.
+
+    The latent moves by 1 % of its length in a random direction, the time by a tenth of the sampler's mean step (one at
+    least where it is an integer). Both moves are in the units of the inputs; without a timestep that is 0.
+    """
+
+    def __init__(self, calibration: Calibration, names: tuple[str, ...], *rest: Any):
+        if unknown := sorted(set(names) - {"latent", "timestep"}):
+            raise ValueError(f"derivatives are taken against 'latent' and 'timestep', got {unknown}")
+        super().__init__(calibration, names, *rest)
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self.calibration.captured.bind(args, kwargs)
+        result = self.denoiser(*args, **kwargs)
+        moves = {"latent": self._moved_latent, "timestep": self._moved_time}
+        row = [np.array([self._change(bound, _first(result), *moves[name](bound))]) for name in self.names]
+        self.numbers.setdefault(self._stream(bound), []).append(row)
+        return result
+
+    def _change(self, bound: Bound, output: Tensor, path: tree.Path | None, moved: Any, distance: Any) -> float:
+        if path is None or moved is None:
+            return 0.0
+        args, kwargs = unbind(self.calibration.captured.signature, tree.with_leaves(bound, {path: moved}))
+        other = _first(self.denoiser(*args, **kwargs))
+        return float((_length(other - output) / _length(output).clamp_min(1e-12) / distance).mean())
+
+    def _moved_latent(self, bound: Bound) -> tuple[tree.Path | None, Any, Any]:
+        path = self.calibration.pattern.probe
+        latent = input_at(bound, path)
+        if not isinstance(latent, Tensor):
+            return path, None, None
+        noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0)).to(latent)
+        distance = _MOVED * _length(latent)
+        scale = (distance / _length(noise)).reshape(-1, *[1] * (latent.ndim - 1)).to(latent.dtype)
+        return path, latent + noise * scale, distance
+
+    def _moved_time(self, bound: Bound) -> tuple[tree.Path | None, Any, Any]:
+        path, times = self.calibration.pattern.clock, self.calibration.pattern.clock_values
+        time = input_at(bound, path)
+        if time is None or len(times) < 2:
+            return path, None, None
+        step = _PART_OF_A_STEP * abs(times[0] - times[-1]) / (len(times) - 1)
+        whole = isinstance(time, int) or (isinstance(time, Tensor) and not time.is_floating_point())
+        distance = max(1, round(step)) if whole else step
+        late = float(time.min() if isinstance(time, Tensor) else time) < distance  # times end at zero
+        return path, time + distance if late else time - distance, distance
+
+
+def _first(result: Any) -> Tensor:
+    """The first tensor that a denoiser returned."""
+    return next(leaf for _, leaf in tree.walk(result) if isinstance(leaf, Tensor)).float()
+
+
+def _length(value: Tensor) -> Tensor:
+    """The 2-norm of each sample."""
+    return value.float().reshape(len(value), -1).norm(dim=1)

@@ -49,6 +49,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "procache": {"count": 2},
     "published_table": {"name": "meancache-flux-13"},
     "scalingcache": {"warm_up": 3},
+    "sencache": {"early": 2.0, "main": 2.0},
     "steps": {"computed": (0, 2, 5)},
 }
 
@@ -145,7 +146,7 @@ def gated() -> Mapping[str, str]:
     found = {}
     for recipe, method in METHODS.items():
         options = inspect.signature(method.make).parameters
-        for option in ("threshold", "theta", "gamma", "scale"):
+        for option in ("threshold", "theta", "gamma", "scale", "main"):
             if option in options and any(gate.name in GATES for gate in case("flux").schedule(recipe).gates):
                 found[recipe] = option
                 break
@@ -158,7 +159,7 @@ def test_a_threshold_of_zero_is_exact(name: str) -> None:
     here, recipes = case(name), gated()
     assert len(recipes) >= 12
     for recipe, option in recipes.items():
-        schedule = here.schedule(recipe, **{option: 0.0})
+        schedule = here.schedule(recipe, **{option: 0.0}, **({"early": 0.0} if recipe == "sencache" else {}))
         assert schedule.gates, recipe
         cached = here.base.with_schedule(schedule)
         assert torch.equal(here.run(cached), here.reference), recipe

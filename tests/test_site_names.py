@@ -115,6 +115,16 @@ def test_deep_features_are_counted_as_deepcache_counts_branches():
     assert site("sdxl_unet", "deep[-1]").values == ("mid_block_resnets_1_div",)
 
 
+def test_the_output_less_the_latent():
+    for name in ("flux", "wan", "sdxl_unet"):
+        transform = site(name, "output-latent")
+        assert transform.residual
+        assert transform.anchors == (found(name).anatomy.flow.latent.name,)
+        assert transform.values == found(name).by_role("output")[0].values
+    with pytest.raises(ValueError, match=r"needs a result of the latent's shape and dtype; got .*8.* and .*4"):
+        site("pixart", "output-latent")  # which returns a variance beside the noise
+
+
 def test_the_encoder_is_the_middle_and_every_skip():
     encoder = site("sdxl_unet", "encoder")
     assert encoder.values[0] == "mid_block_resnets_1_div"

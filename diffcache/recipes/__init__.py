@@ -24,6 +24,7 @@ from diffcache.recipes.layerwise import (
     fbcache,
     foresight,
     harmonica,
+    lazydit,
     learning_to_cache,
 )
 from diffcache.recipes.planned import (
@@ -82,6 +83,7 @@ from diffcache.recipes.timewise import (
     fastcache,
     magcache,
     seacache,
+    sencache,
     teacache,
 )
 from diffcache.recipes.tokens import Tokens
@@ -149,6 +151,7 @@ __all__ = [
     "hyca",
     "invardiff",
     "l2p",
+    "lazydit",
     "learning_to_cache",
     "lemica",
     "magcache",
@@ -167,6 +170,7 @@ __all__ = [
     "rfc",
     "scalingcache",
     "seacache",
+    "sencache",
     "smoothcache",
     "speca",
     "spectrum",

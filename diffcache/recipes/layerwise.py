@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from diffcache import planners, planning_tables
-from diffcache.recipes.base import GateSpec, Part, Plan, Predict, Recipe, method
+from diffcache.recipes.base import Array, GateSpec, Part, Plan, Predict, Recipe, method
 from diffcache.recipes.picks import between, every_one, modules, profiled
 from diffcache.recipes.static import at
 from diffcache.recipes.timewise import forced
@@ -159,3 +159,36 @@ def _routed(share: float, sensitive: bool) -> Recipe:
         return [step for step, reused in enumerate(mask[sites.index(site)]) if not reused]
 
     return Recipe(parts=(Part(sites=pick, when=computed),))
+
+
+@method("LazyDiT", 2024, "layer-adaptive", "AAAI 2025", "up to half of the modules left out")
+def lazydit(laziness: float = 0.5, ridge: float = 1.0) -> Recipe:
+    """Each module is reused where a linear function of its input, averaged over tokens, is positive.
+
+    The paper trains that function with the model. Here it is a ridge regression on how much the module's output changed
+    from step to step in calibration: positive where it changed less than in ``laziness`` of all modules and steps.
+    """
+    pick = modules()
+
+    def gate(plan: Plan, site: SiteChoice) -> GateSpec:
+        names = [other.name for other in pick(plan)]
+        probes = [f"input:{name.partition(':')[2]}" for name in names]
+        changes = plan.measure(names, "l2", raw=True)
+        limit = float(np.nanquantile([changes[name] for name in names], laziness))
+        probe = probes[names.index(site.name)]
+        inputs = plan.measure(probes, "pooled")[probe][:, 1:]  # nothing can be reused at the first step
+        weights, bias = _fitted_plane(inputs, changes[site.name][:, 1:, 0], limit, ridge)
+        return GateSpec("linear", {"weights": weights, "bias": bias, "probe": probe})
+
+    return Recipe(parts=(Part(sites=pick, when=forced(1), gate=gate),))
+
+
+def _fitted_plane(inputs: Array, changes: Array, limit: float, ridge: float) -> tuple[list[float], float]:
+    """Weights and bias of ``log(limit / change)`` over inputs ``[streams, steps, channels]``."""
+    flat = inputs.reshape(-1, inputs.shape[-1])
+    target = np.log((limit + 1e-12) / (changes.ravel() + 1e-12))
+    mean, spread = flat.mean(axis=0), flat.std(axis=0) + 1e-6
+    scaled = (flat - mean) / spread
+    inner = scaled @ scaled.T + ridge * flat.shape[1] * np.eye(len(flat))
+    weights = scaled.T @ np.linalg.solve(inner, target - target.mean()) / spread
+    return [float(weight) for weight in weights], float(target.mean() - weights @ mean)

@@ -89,6 +89,25 @@ def seacache(threshold: float = 0.3, power: float = 2.0, probe: str = "modulated
     return Recipe(parts=(Part(sites=one("stack"), when=forced(1, 1), gate=gate),))
 
 
+@method("SenCache", 2026, "timestep-adaptive", "arXiv 2602.24208", "Wan 21 of 50 computed PSNR 29.1")
+def sencache(early: float = 0.01, main: float = 0.1, share: float = 0.2, max_skips: int = 3) -> Recipe:
+    """Reuse while the output has moved little to first order: ``a |x_s - x_0|_2 + b |t_s - t_0| <= limit``.
+
+    a and b, the change of the output with the latent and with time at every step, are measured in calibration by finite
+    differences and relative to the output's length. The limit is ``early`` in the first ``share`` of the steps.
+    """
+
+    def gate(plan: Plan, site: SiteChoice) -> GateSpec:
+        found = plan.measure(["latent", "timestep"], "derivative")
+        by_latent, by_time = (np.mean(found[name][:, :, 0], axis=0).tolist() for name in ("latent", "timestep"))
+        edge = round(share * plan.steps)
+        limits = [early] * edge + [main] * (plan.steps - edge)
+        tables = {"by_latent": by_latent, "by_time": by_time, "limits": limits}
+        return GateSpec("sensitivity", {**tables, "max_since": max_skips})
+
+    return Recipe(parts=(Part(sites=one("stack"), when=forced(1), gate=gate),))
+
+
 @method("AdaptiveDiffusion", 2024, "timestep-adaptive", "arXiv 2410.09873", "2 to 5x")
 def adaptive_diffusion(theta: float = 0.01, max_skips: int = 4) -> Recipe:
     """The output is reused while the latent's third-order difference stays below ``theta`` of its step."""
