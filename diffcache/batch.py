@@ -58,9 +58,21 @@ def taken(leaf: Tensor, rows: Rows) -> Tensor:
     return leaf[list(rows)]
 
 
-def part_of(result: Any, rows: Rows) -> Any:
-    """These rows of every tensor that the denoiser returned."""
-    return mapped(result, lambda leaf: taken(leaf, rows))
+def part_of(result: Any, rows: Rows, whole: int) -> Any:
+    """These rows of every tensor that the denoiser returned for a batch of ``whole`` samples.
+
+    Raises:
+        ValueError: a tensor does not have one row for each sample.
+    """
+    return mapped(result, lambda leaf: taken(_with_rows(leaf, whole), rows))
+
+
+def _with_rows(leaf: Tensor, count: int) -> Tensor:
+    if not leaf.ndim or len(leaf) != count:
+        raise ValueError(
+            f"{CANNOT}of {count} samples the denoiser returns a tensor of shape {list(leaf.shape)}{TOGETHER}"
+        )
+    return leaf
 
 
 def mapped(result: Any, change: Any) -> Any:
@@ -80,36 +92,35 @@ def joined(parts: Sequence[Any], rows: Sequence[Rows]) -> Any:
     found = [{path: leaf for path, leaf in tree.walk(part) if isinstance(leaf, Tensor)} for part in parts]
     leaves = {}
     for path in found[0]:
-        several = [leaves_of[path] for leaves_of in found]
-        if any(not leaf.ndim or len(leaf) != len(part) for leaf, part in zip(several, rows, strict=True)):
-            raise ValueError(
-                f"{CANNOT}the result{tree.show(path)} of {len(rows[0])} samples has shape {list(several[0].shape)}"
-                f"{TOGETHER}"
-            )
+        several = [_with_rows(leaves_of[path], len(part)) for leaves_of, part in zip(found, rows, strict=True)]
         together = torch.cat(several)
         leaves[path] = together if plain else together[order]
     return tree.with_leaves(parts[0], leaves)
 
 
-def refuse_effects(variant: Variant) -> None:
-    """Raise ValueError for a denoiser that must run exactly once a call: cut, it would run once for each part."""
+def refuse_effects(variant: Variant, cannot: str = CANNOT, drawing: bool = True) -> None:
+    """Raise ValueError for a denoiser that must run exactly once a call, because it does more than return a result."""
     effects = {
         "writes to its own state": bool(variant.trace.persistent),
         "writes to its inputs": variant.trace.writes_inputs,
-        "draws random numbers": any(node.meta.get("random") for node in variant.trace.graph.nodes),
+        "draws random numbers": drawing and any(node.meta.get("random") for node in variant.trace.graph.nodes),
     }
     for effect, found in effects.items():
         if found:
-            raise ValueError(f"{CANNOT}the denoiser {effect}, which every part would do again{TOGETHER}")
+            raise ValueError(f"{cannot}the denoiser {effect}, and has to run once for every call{TOGETHER}")
 
 
-def check_equal(whole: Any, parts: Any, what: str) -> None:
-    """Raise ValueError where values made in parts are not those of the whole batch within rounding."""
+def check_equal(whole: Any, parts: Any, what: str, within: float | None = None) -> None:
+    """Raise ValueError where values made in parts are not those of the whole batch.
+
+    Compared by relative L2; allowed is rounding, the square root of the dtype's precision, unless ``within`` says more.
+    """
     for (path, a), (_, b) in zip(tree.walk(whole), tree.walk(parts), strict=True):
         if not isinstance(a, Tensor):
             continue
+        allowed = torch.finfo(a.dtype).eps ** 0.5 if a.is_floating_point() or a.is_complex() else 0.0
         error = _relative(a, b) if a.shape == b.shape else float("inf")
-        if not error <= torch.finfo(a.dtype).eps ** 0.5 if a.is_floating_point() else error != 0:
+        if not error <= (allowed if within is None else max(allowed, within)):
             raise ValueError(
                 f"{CANNOT}{what}{tree.show(path)} made in parts differs from the whole by {error:.2g} (relative L2). "
                 f"Samples depend on one another, or an input has rows of another kind{TOGETHER}"
@@ -117,5 +128,6 @@ def check_equal(whole: Any, parts: Any, what: str) -> None:
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
-    a, b = a.detach().double(), b.detach().double()
+    wide = torch.complex128 if a.is_complex() else torch.float64
+    a, b = a.detach().to(wide), b.detach().to(wide)
     return float((a - b).norm() / a.norm().clamp_min(1e-30))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from diffcache.batch import call_kind, refuse_effects
 from diffcache.call_pattern import CallPattern, input_leaves
 from diffcache.caller import Caller
 from diffcache.gates import make_gate
@@ -53,6 +54,7 @@ class Branches:
         branches = self.pattern.branches
         batched = self.guidance is not None and branches is not None and branches.batched
         self.halves = Halves(caller) if batched else None
+        self._checked: set[Any] = set()  # kinds of calls that may be left out
 
     def join(self, stream: Stream, others: Sequence[Stream]) -> None:
         """A stream begins: as another branch of a generation whose first step is going on, or as a new generation's."""
@@ -64,8 +66,7 @@ class Branches:
                 break
         else:
             generation = Generation(self.schedule)
-        generation.streams.append(stream)
-        stream.generation = generation
+        generation.add(stream)
 
     def run(self, bound: Bound, stream: Stream, step: int) -> Any:
         """One call, as this step of this stream."""
@@ -76,6 +77,7 @@ class Branches:
             return self._ran_ahead(bound, stream, step)
         generation.enter(step, input_at(bound, self.pattern.probe))
         if self.guidance is not None and self._branch(stream) == UNCONDITIONAL:
+            self._check(bound)
             found = self._left_out(bound, stream, step)
             if found is not None:
                 return found
@@ -91,12 +93,12 @@ class Branches:
         conditions = [leaf for leaf, _ in stream.invariants]
         names = self.pattern.branches.names if self.pattern.branches is not None else ()
         for member in members:
-            if member.position != 0 or member.owner[1:] != stream.owner[1:]:
+            if member is None or member.position != 0 or member.owner[1:] != stream.owner[1:]:
                 return False
             same_name = stream.owner[0] == member.owner[0]
             if same_name if stream.owner[0] in names else member.serves(stream.owner, conditions):
                 return False
-        return Held(members[0].latent).equals(stream.latent)
+        return members[0] is not None and Held(members[0].latent).equals(stream.latent)
 
     def _branch(self, stream: Stream) -> str:
         """Which branch a stream is: by the name of its context, else by the order of the calls."""
@@ -107,12 +109,11 @@ class Branches:
         return UNCONDITIONAL if index == branches.unconditional else CONDITIONAL
 
     def _partner(self, stream: Stream) -> Stream | None:
-        """The other of the two branches; None if there is not exactly one."""
-        generation: Generation = stream.generation
-        others = [other for other in generation.streams if other is not stream]
-        if generation.broken or len(others) != 1 or self._branch(others[0]) == self._branch(stream):
+        """The other of two branches; None if there is none, or none any more."""
+        others = [other for other in stream.generation.streams if other is not stream]
+        if stream.generation.broken or len(others) != 1 or others[0] is None:
             return None
-        return others[0]
+        return others[0] if self._branch(others[0]) != self._branch(stream) else None
 
     def _compute(self, bound: Bound, stream: Stream, step: int) -> Any:
         """The call runs; the other branch may follow what it decides and use what it returns."""
@@ -137,15 +138,17 @@ class Branches:
         """What stands for the unconditional result; None where it has to be computed."""
         guidance, generation, partner = self.guidance, stream.generation, self._partner(stream)
         assert guidance is not None
-        if partner is None or partner.position not in (step - 1, step):
+        if generation.broken or len(generation.streams) != 2:
             if step not in guidance.computed and generation.broken:
                 self.caller.say_once("guidance: the two branches have different latents, so that both are computed")
             return None
-        conditional = generation.result(CONDITIONAL, step)
-        if not generation.leaves_out(step, input_at(bound, self.pattern.probe), conditional):
+        conditional, latent = generation.result(CONDITIONAL, step), input_at(bound, self.pattern.probe)
+        to_come = partner is not None and partner.position == step - 1
+        if (conditional is None and not to_come) or not generation.leaves_out(step, latent, conditional):
             return None
-        if conditional is None and guidance.rule != "reuse" and partner.position == step - 1:
-            conditional = self._run_ahead(bound, stream, partner, step)
+        if conditional is None and guidance.rule != "reuse":
+            assert partner is not None
+            conditional = self._run_ahead(bound, partner, step)
         result = generation.unconditional(step, conditional)
         if result is None:
             return None
@@ -154,11 +157,19 @@ class Branches:
         self.caller.steps_forecast += 1
         return result
 
+    def _check(self, bound: Bound) -> None:
+        """Once for each kind of call: nothing but a result is lost where it is left out."""
+        kind = call_kind(bound)
+        if kind not in self._checked:
+            cannot = "the unconditional branch cannot be left out: "
+            self.caller.captured.serve(bound, lambda variant: refuse_effects(variant, cannot, drawing=False))
+            self._checked.add(kind)
+
     def _varying(self, bound: Bound) -> dict[tree.Path, Any]:
         """Inputs that are no conditions: both branches have them in common."""
         return {path: leaf for path, leaf in input_leaves(bound).items() if path not in self.pattern.invariant}
 
-    def _run_ahead(self, bound: Bound, stream: Stream, partner: Stream, step: int) -> Any:
+    def _run_ahead(self, bound: Bound, partner: Stream, step: int) -> Any:
         """The conditional call of this step before the sampler makes it: its conditions, the inputs of this call."""
         inputs = self._varying(bound)
         if partner.bound is None or self._varying(partner.bound).keys() != inputs.keys():
@@ -166,13 +177,13 @@ class Branches:
         result = self._compute(tree.with_leaves(partner.bound, inputs), partner, step)
         partner.position = step - 1  # the call itself is still to come
         partner.ahead = _Ahead(step, inputs, result)
-        return stream.generation.result(CONDITIONAL, step)
+        return partner.generation.result(CONDITIONAL, step)
 
     def _conditional_first(self, bound: Bound, stream: Stream, step: int) -> None:
         """Where one branch is left out at times, the one that never is decides for both."""
         partner = self._partner(stream)
         if partner is not None and partner.ahead is None and partner.position == step - 1 and step > 0:
-            self._run_ahead(bound, stream, partner, step)
+            self._run_ahead(bound, partner, step)
 
     def _ran_ahead(self, bound: Bound, stream: Stream, step: int) -> Any:
         """The sampler makes a call that ran ahead of time."""

@@ -48,6 +48,7 @@ class EachSample:
         whole = results[0] if len(rows) == 1 else joined(results, rows)
         if expected is not None:
             check_equal(expected, whole, "the result")
+            self._checked.add(call_kind(bound))
         return whole
 
     def _rows(self, samples: int) -> list[Rows]:
@@ -85,18 +86,14 @@ class EachSample:
         first = stream.generation.streams[0]
         stream.parts = [Stream(stream.owner, [], self.caller.schedule) for _ in range(count)]
         for index, part in enumerate(stream.parts):
-            together = first is not stream and len(first.parts) == count
-            part.generation = first.parts[index].generation if together else Generation(self.caller.schedule)
-            part.generation.streams.append(part)
+            together = first is not None and first is not stream and len(first.parts) == count
+            generation = first.parts[index].generation if together else Generation(self.caller.schedule)
+            generation.add(part)
             self.caller.logs.append((f"{stream.owner[0]}[{index}]", part.deciding.log))
 
     def _expected(self, bound: Bound) -> Any:
         """What the whole batch gives, all computed; once for each kind of call."""
-        kind = call_kind(bound)
-        if kind in self._checked:
-            return None
-        self._checked.add(kind)
-        return observed(self.caller, bound)[0]
+        return None if call_kind(bound) in self._checked else observed(self.caller, bound)[0]
 
 
 def several(caller: Caller) -> Branches | EachSample | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,7 +51,7 @@ class Generation:
 
     def __init__(self, schedule: Schedule):
         self.schedule, self.guidance = schedule, schedule.guidance
-        self.streams: list[Stream] = []
+        self._members: list[weakref.ref[Stream]] = []  # weakly: one that has ended takes its tensors along at once
         self.half: Stream | None = None  # of a batched call with its unconditional half left out
         self.broken = False  # these are not the branches of one generation after all
         self.merged = False  # history of both branches has become one
@@ -64,6 +65,15 @@ class Generation:
         self._last = 0  # the last step at which both were computed
         self._coming: HostRead | None = None
         self.folded = False
+
+    @property
+    def streams(self) -> list[Stream | None]:
+        """Its streams in the order of their first calls; None for one that has ended."""
+        return [member() for member in self._members]
+
+    def add(self, stream: Stream) -> None:
+        self._members.append(weakref.ref(stream))
+        stream.generation = self
 
     def enter(self, step: int, latent: Any) -> None:
         """A branch is called: all that are called at one step have one latent, or they do not belong together."""
@@ -96,7 +106,7 @@ class Generation:
         tensors = [(path, c, u) for (path, c), (_, u) in pairs if isinstance(c, Tensor)]
         if self.guidance.rule == "difference":
             self.difference = {path: (u - c).detach() for path, c, u in tensors}
-            if step == 0:  # says at once what it cannot split
+            if step == 0 and self.guidance.bands:  # says at once what it cannot split
                 self.unconditional(step, conditional)
         if self._gate is not None:
             moment = self._moment(step)

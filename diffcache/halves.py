@@ -49,7 +49,9 @@ class Halves:
         result = self.caller.perform(bound, stream, step)
         stream.has_run()
         if not generation.broken:
-            conditional, unconditional = (part_of(result, rows[branch]) for branch in (CONDITIONAL, UNCONDITIONAL))
+            conditional, unconditional = (
+                part_of(result, rows[branch], samples) for branch in (CONDITIONAL, UNCONDITIONAL)
+            )
             generation.results[UNCONDITIONAL] = (step, unconditional)
             generation.both_computed(step, conditional, unconditional)
         return result
@@ -94,11 +96,15 @@ class Halves:
         part = rows[CONDITIONAL]
         whole, kept = observed(self.caller, bound)
         half, kept_half = observed(self.caller, cut(bound, self.pattern, part, samples))
-        check_equal(part_of(whole, part), half, "the result")
+        check_equal(part_of(whole, part, samples), half, "the result")
         for (row, value), tensor in kept.items():
             if (row, value) in kept_half:
-                what = f"the value of site '{self.schedule.rows[row].site}'"
-                check_equal(in_full(_half_of(tensor, rows, False)), in_full(kept_half[row, value]), what)
+                alone, site = in_full(kept_half[row, value]), self.schedule.rows[row].site
+                in_company = in_full(_half_of(tensor, rows, False))
+                # a residual in half precision is mostly rounding, and so is what is kept in 8 bits; rows of another
+                # kind (frames before samples, say) would be off by about the size of the values
+                coarse = isinstance(tensor, tuple) or tensor.dtype in (torch.float16, torch.bfloat16)
+                check_equal(in_company, alone, f"the value of site '{site}'", 0.25 if coarse else None)
         self._checked.add(kind)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -416,6 +418,26 @@ def test_two_requests_in_turn_give_what_each_gives_alone(mode: str, first: Reque
     assert not denoiser._streams
 
 
+@pytest.mark.parametrize("samples", ["together", "alone"])
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_of_a_generation_waits_for_the_garbage_collector(mode: str, samples: str) -> None:
+    denoiser = cached(mode, GUIDED, {"stack0": "CCfCrCfr"}, samples=samples)
+    guide(denoiser, Request(seed=7), mode)
+    gc.collect()
+    gc.disable()
+    try:
+        walk = steps_of(denoiser, Request(seed=7), mode)
+        next(walk)
+        streams = [weakref.ref(s) for stream in denoiser._streams for s in (stream, *stream.parts)]
+        generations = [weakref.ref(s.generation) for stream in denoiser._streams for s in (stream, *stream.parts)]
+        assert len(streams) >= (1 if mode.startswith("batched") else 2)
+        for _ in walk:
+            pass
+        assert all(kept() is None for kept in (*streams, *generations))
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("mode", ["separate", "separate, conditional first", "batched"])
 def test_calls_without_guidance_run_as_they_are(mode: str) -> None:
     """The same denoiser with guidance off: one branch, or a batch that is no pair."""
@@ -428,6 +450,45 @@ def test_calls_without_guidance_run_as_they_are(mode: str) -> None:
     else:
         assert torch.equal(sample(denoiser, two), sample(eager(mode), two))
     assert denoiser.steps_forecast == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_without_a_clock_to_read_calls_are_counted(mode: str) -> None:
+    """As with timesteps on a GPU."""
+    made = found(mode)
+    blind = CachedDenoiser(
+        made.captured,
+        replace(schedule_of(made, {"stack0": "CCfCrCfr"}), guidance=GUIDED, clock=()),
+        replace(made.pattern, clock=None, clock_values=()),
+        made.finder,
+    )
+    seeing, request = cached(mode, GUIDED, {"stack0": "CCfCrCfr"}), Request(seed=7, prompt=3)
+    expected = guide(seeing, request, mode)
+    for _ in range(2):
+        assert torch.equal(guide(blind, request, mode), expected)
+    assert blind.steps_forecast == 2 * seeing.steps_forecast
+
+
+def test_more_than_two_branches_share_decisions_but_not_guidance() -> None:
+    def three(denoiser: nn.Module, request: Request) -> torch.Tensor:
+        x, cond = request.latent(), request.embeds()
+        with torch.no_grad():
+            for t in request.times():
+                x = x - (denoiser(x, t, cond) * 3 - denoiser(x, t, cond * 0) - denoiser(x, t, cond * 0.5)) / STEPS
+        return x
+
+    made = calibration(TokenDiT, three, ITEMS)
+    assert made.pattern.streams == 3
+    with pytest.raises(ValueError, match="saw no two branches: 3 streams"):
+        made.cached(replace(Schedule.exact(STEPS), guidance=GUIDED))
+    gate = GateSpec("accumulated_change", {"budget": 0.18, "probe": "block:blocks.0.attn"})
+    schedule = replace(schedule_of(made, {"output": "C" + "g" * (STEPS - 1)}, gate), decide="shared")
+    denoiser = made.cached(schedule)
+    with Quiet():
+        three(denoiser, Request(seed=7, prompt=3))
+    logs = [log for _, log in denoiser.decisions]
+    assert len(logs) == 3
+    assert logs[0] == logs[1] == logs[2]
 
 
 def test_branches_with_different_latents_are_computed() -> None:
@@ -662,3 +723,11 @@ def test_a_batch_that_cannot_be_cut_is_refused(kind: type[TokenDiT], message: st
     )
     with pytest.raises(ValueError, match=f"cannot be cut: .*{message}"):
         guide(denoiser, Request(seed=7), "batched")
+
+
+def test_a_call_with_effects_is_not_left_out() -> None:
+    denoiser = calibration(Counted, lambda d, item: guide(d, item, "separate"), ITEMS).cached(
+        replace(Schedule.exact(STEPS), guidance=GUIDED)
+    )
+    with pytest.raises(ValueError, match="cannot be left out: the denoiser writes to its own state"):
+        guide(denoiser, Request(seed=7), "separate")
