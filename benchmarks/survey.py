@@ -36,13 +36,7 @@ SURVEY: dict[int, Row] = {
     3: Row("FORA", ("fora",)),
     4: Row("Delta-DiT", ("delta_dit",)),
     5: Row("PAB", ("pab",), "its broadcast over several GPUs, and the hand-made lists for feed-forwards"),
-    6: Row(
-        "T-GATE",
-        ("tgate", "t_gate"),
-        "folding the two branches of guidance into one changes the batch between "
-        "steps: a decision about branches, not about sites",
-        "fastercache (attention), pab",
-    ),
+    6: Row("T-GATE", ("t_gate",)),
     7: Row("TeaCache", ("teacache",)),
     8: Row(
         "LazyDiT",
@@ -64,13 +58,7 @@ SURVEY: dict[int, Row] = {
     20: Row("ToCa", ("toca",), "sums over attention maps, which fused attention does not show"),
     21: Row("DuCa", ("duca",)),
     22: Row("ClusCa", ("clusca",)),
-    23: Row(
-        "SpeCa",
-        ("speca",),
-        "its gate is asked after the forecast, on a layer run on forecast input, and may "
-        "reject the step that was just made",
-        "rfc and fbcache decide before the step, from what it is computed from",
-    ),
+    23: Row("SpeCa", ("speca",)),
     24: Row("OmniCache", ("omnicache",), "its noise filter, whose equations are not published"),
     25: Row("HyCa", ("hyca",)),
     26: Row(
@@ -78,7 +66,7 @@ SURVEY: dict[int, Row] = {
     ),
     27: Row("FreqCa", ("freqca",)),
     28: Row("SmoothCache", ("smoothcache",)),
-    29: Row("FasterCache", ("fastercache", "fastercache_cfg")),
+    29: Row("FasterCache", ("fastercache", "fastercache_guided")),
     30: Row("Learning-to-Cache", ("learning_to_cache",), "training routers; the mask follows from calibration"),
     31: Row("HarmoniCa", ("harmonica",), "training routers; the mask follows from calibration and sensitivities"),
     32: Row("FRDiff", ("frdiff",), "mixing of scores, which is the sampler's"),
@@ -150,9 +138,9 @@ SURVEY: dict[int, Row] = {
     ),
     50: Row(
         "PromptTea",
-        (),
+        ("dyncfgcache",),
         "how its threshold follows the prompt's complexity is not published",
-        "teacache, whose polynomial is fitted to your prompts; dyncfg for its guidance",
+        "teacache, whose polynomial is fitted to your prompts",
     ),
     51: Row("Chipmunk", (), _SPARSE, "fora and toca on the same layers"),
     52: Row("DiTFastAttn", (), _SPARSE + "; its sharing over steps is a recipe", "pab, smoothcache"),
@@ -304,6 +292,7 @@ SURVEY: dict[int, Row] = {
 
 # Methods that the survey's list of papers holds and the table above does not.
 BEYOND: tuple[Row, ...] = (
+    Row("Adaptive Guidance", ("adaptive_guidance",)),
     Row("FISEdit, Nirvana, FlexCache, MoDM", (), _REQUESTS, "none"),
     Row("Ca2-VDM", (), _CHUNKS, "none"),
     Row("ParaStep, LightningCP, PipeFusion", (), "they spread one generation over several devices", "none"),
