@@ -174,6 +174,7 @@ class Deciding:
     def adopt(self, other: Deciding) -> None:
         """Computed steps of another stream whose history this one has taken over."""
         self.made = [sorted({*a, *b}, reverse=True) for a, b in zip(self.made, other.made, strict=True)]
+        self.tokens.adopt(other.tokens)
         for number, last in other._last.items():
             self._last[number] = max(last, self._last.get(number, last))
 

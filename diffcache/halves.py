@@ -16,6 +16,7 @@ from diffcache.generations import CONDITIONAL, UNCONDITIONAL, Generation
 from diffcache.guidance_rules import mean
 from diffcache.memory import Kept, in_full
 from diffcache.streams import Stream, input_at
+from diffcache.token_programs import NEWEST
 from diffcache.tracing.session import Bound
 
 
@@ -76,7 +77,7 @@ class Halves:
             half.partial = True
         if half.position < stream.deciding.step:  # both halves have run since
             for key, kept in stream.history.items():
-                if key not in half.history:
+                if key not in half.history or key[2] == NEWEST:
                     half.history[key] = _half_of(kept, rows, self.guidance.history == "mean")
             half.deciding.adopt(stream.deciding)
         samples = len(rows[CONDITIONAL]) + len(rows[UNCONDITIONAL])

@@ -140,6 +140,11 @@ class TokenChoice:
                 for part, tokens in enumerate(cell.tokens):
                     self._computed[row, part] = self._computed[row, part].scatter(1, tokens, step)
 
+    def adopt(self, other: TokenChoice) -> None:
+        """The history of another stream was taken over: all of its tokens count as of its last full step."""
+        self._full = {row: max(self._full.get(row, 0), step) for row, step in {**self._full, **other._full}.items()}
+        self._computed.clear()
+
 
 def _parts(history: History, row: int, step: int) -> list[int]:
     return sorted(part for number, part, known in history if (number, known) == (row, step))

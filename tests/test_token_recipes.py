@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 import diffcache
 from diffcache import recipes
 from diffcache.cells import COMPUTE, Cell, Forecast, GateSpec, Online, Partial, Selected, cell_from_json, cell_to_json
+from diffcache.guidance import Guidance
 from diffcache.planning import plan_of
 from diffcache.profiling import Calibration
 from diffcache.recipes import Part, Plan, Predict, Recipe, Tokens
@@ -21,8 +23,10 @@ from diffcache.runtime import CachedDenoiser
 from diffcache.schedule import Row, Schedule, SiteChoice
 from diffcache.token_choice import grid_of
 from diffcache.token_programs import NEWEST
+from tests import test_branches as branches
 from tests.denoisers import FAMILIES
-from tests.generation import Quiet
+from tests.generation import STEPS as generation_steps
+from tests.generation import Quiet, Request, sample, shared_calibration
 
 STEPS = 9
 TRANSFORMERS = ("class_dit", "flux", "sd3", "pixart", "wan")
@@ -295,6 +299,39 @@ def test_a_probe_in_the_middle_of_a_site_is_refused() -> None:
     denoiser = calibrated("dit").cached(Schedule(STEPS, (row,), clock=calibrated("dit").profile.clock))
     with pytest.raises(ValueError, match="in the middle of it"):
         generation("dit")(denoiser, 0)
+
+
+# -- branches and samples ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["separate", "batched"])
+def test_branches_of_guidance(mode: str) -> None:
+    """The unconditional branch is left out at some steps; with all tokens nothing else changes."""
+    left_out = Guidance("reuse", (0, 1, 3, 6))
+    plain = branches.cached(mode, left_out)
+    block = next(site for site in branches.found(mode).finder.everywhere() if site.role == "block")
+    results = {}
+    for share in (1.0, 0.25):
+        cells = (COMPUTE, *[Partial(share, "toca", {"interval": 3})] * (generation_steps - 1))
+        row = Row(block.name, block.residual, cells)
+        denoiser = branches.found(mode).cached(replace(plain.schedule, rows=(row,)))
+        first, second = (branches.guide(denoiser, Request(seed=3), mode) for _ in range(2))
+        assert torch.equal(first, second)
+        results[share] = first
+    assert torch.equal(results[1.0], branches.guide(plain, Request(seed=3), mode))
+    assert not torch.equal(results[0.25], results[1.0])
+
+
+def test_each_sample_alone() -> None:
+    """A sample of a batch computes its own tokens, bit for bit as if it were alone."""
+    found = shared_calibration()
+    block = next(site for site in found.finder.everywhere() if site.role == "block")
+    cells = (COMPUTE, *[Partial(0.25, "toca", {"interval": 3})] * (generation_steps - 1))
+    made = Schedule(generation_steps, (Row(block.name, block.residual, cells),), clock=found.profile.clock)
+    denoiser = found.cached(replace(made, samples="alone"))
+    together = sample(denoiser, Request(seed=3, prompt=3, batch=2))
+    alone = [sample(denoiser, Request(seed=3 + i, prompt=3 + i)) for i in range(2)]
+    assert torch.equal(together, torch.cat(alone))
 
 
 # -- recipes ----------------------------------------------------------------------------------------------------------
