@@ -7,6 +7,7 @@ is called as the halves of one batch and its unconditional branch may be left ou
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from diffcache.batch import Rows, batch_size, call_kind, check_equal, cut, joined
@@ -71,9 +72,9 @@ class EachSample:
         caller, allowed = self.caller, self.caller.options.max_cache_bytes
         if allowed is None:
             return True
-        streams = caller.pattern.streams * len(calls)
+        pattern = replace(caller.pattern, streams=caller.pattern.streams * len(calls))
         programs = caller.captured.serve(calls[0], lambda variant: caller.programs(variant, calls[0]))
-        needed = programs.memory(caller.schedule, streams).device_bytes
+        needed = programs.memory(caller.schedule, pattern).device_bytes
         if needed > allowed:
             caller.say_once(
                 f"history of {len(calls)} samples would take {in_words(needed)}, max_cache_bytes allows "

@@ -326,9 +326,9 @@ def test_what_the_gate_measures() -> None:
     gate = make_gate("guidance_change", budget=0.3)
     one, two = torch.ones(1, 4), torch.full((1, 4), 1.2)
     moment = functools.partial(diffcache.gates.Moment, steps=9)
-    assert gate.see([0 * one, one], moment(step=0, since=0)) is None
+    assert gate.see([0 * one, one], moment(step=0, since=0), True) is None
     assert not gate.follow(moment(step=1, since=1), None).any()
-    gate.learn(gate.see([0 * one, two], moment(step=2, since=2)).reshape(1, 1).numpy())  # 0.2 in two steps
+    gate.learn(gate.see([0 * one, two], moment(step=2, since=2), True).reshape(1, 1).numpy())  # 0.2 in two steps
     assert [bool(gate.follow(moment(step=2 + k, since=k), None)) for k in (1, 2, 3, 4)] == [True, True, False, False]
 
 
@@ -481,7 +481,7 @@ def test_more_than_two_branches_share_decisions_but_not_guidance() -> None:
     assert made.pattern.streams == 3
     with pytest.raises(ValueError, match="saw no two branches: 3 streams"):
         made.cached(replace(Schedule.exact(STEPS), guidance=GUIDED))
-    gate = GateSpec("accumulated_change", {"budget": 0.18, "probe": "block:blocks.0.attn"})
+    gate = GateSpec("accumulated_change", {"threshold": 0.18, "probe": "block:blocks.0.attn"})
     schedule = replace(schedule_of(made, {"output": "C" + "g" * (STEPS - 1)}, gate), decide="shared")
     denoiser = made.cached(schedule)
     with Quiet():
@@ -547,7 +547,7 @@ def test_writing_into_results_does_not_reach_the_other_branch(mode: str) -> None
 
 
 def shared(mode: str, decide: str, budget: float) -> list[list[str]]:
-    gate = GateSpec("accumulated_change", {"budget": budget, "probe": "block:blocks.0.attn"})
+    gate = GateSpec("accumulated_change", {"threshold": budget, "probe": "block:blocks.0.attn"})
     denoiser = cached(mode, None, {"output": "C" + "g" * (STEPS - 1)}, gate=gate, decide=decide)
     with Quiet():
         result = guide(denoiser, Request(seed=7, prompt=3), mode)
@@ -566,7 +566,7 @@ def test_shared_decisions_are_those_of_the_branch_called_first(mode: str) -> Non
 
 
 def test_shared_decisions_with_a_branch_left_out() -> None:
-    gate = GateSpec("accumulated_change", {"budget": 1e9, "max_since": 2})
+    gate = GateSpec("accumulated_change", {"threshold": 1e9, "max_since": 2})
     guidance = Guidance("difference", (0, 1, 5))
     for mode in MODES[:4]:
         denoiser = cached(mode, guidance, {"stack0": "C" + "g" * (STEPS - 1)}, gate=gate, decide="shared")

@@ -324,7 +324,7 @@ def never(denoiser: Any, item: Request) -> torch.Tensor:
         (r"prompt 0 never called the denoiser.*must\s+run one whole generation", list(ITEMS), {"sample": never}),
         ("called 3 times in 1 streams of at most 3 steps", list(ITEMS), {"sample": few_steps}),
         (
-            r"no site is named 'attn:layers.0'.*stack0:blocks.0..blocks.2 \(stack0\)",
+            r"no site is named 'attn:layers.0'.*stack0:blocks.0..blocks.2",
             list(ITEMS),
             {"recipe": recipes.uniform(site="attn:layers.0")},
         ),

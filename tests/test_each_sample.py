@@ -25,8 +25,8 @@ from tests.generation import ITEMS, STEPS, Quiet, Request, TextDiT, calibration,
 from tests.test_branches import Averaging, Counted, Drawing
 
 GATES = {
-    "latent": GateSpec("accumulated_change", {"budget": 0.15}),
-    "probe": GateSpec("accumulated_change", {"budget": 0.46, "probe": "block:blocks.0"}),
+    "latent": GateSpec("accumulated_change", {"threshold": 0.15}),
+    "probe": GateSpec("accumulated_change", {"threshold": 0.46, "probe": "block:blocks.0"}),
 }
 GATED = "C" + "g" * (STEPS - 1)
 # One that moves much, one that hardly does: their decisions differ.
@@ -96,7 +96,7 @@ def test_fixed_schedules_too(rows: dict[str, str]) -> None:
 
 def test_all_computed_is_eager_bit_for_bit() -> None:
     model = found().captured.denoiser
-    for denoiser in (cached({}), cached({"output": GATED}, gate=GateSpec("accumulated_change", {"budget": 0.0}))):
+    for denoiser in (cached({}), cached({"output": GATED}, gate=GateSpec("accumulated_change", {"threshold": 0.0}))):
         assert torch.equal(generate(denoiser, (0, 1, 2)), alone(model, (0, 1, 2)))
         assert denoiser.steps_forecast == 0
 
