@@ -47,7 +47,8 @@ class Given(Recipe):
             (site,) = one(wanted)(plan)
             cells = tuple(COMPUTE if step in computed else self._forecast(computed, step) for step in range(plan.steps))
             rows.append(Row(site.name, site.residual, cells))
-        return Schedule(plan.steps, tuple(rows), clock=plan.clock, origin="given")
+        guidance = self.guidance(plan) if callable(self.guidance) else self.guidance
+        return Schedule(plan.steps, tuple(rows), clock=plan.clock, origin="given", guidance=guidance)
 
     def _forecast(self, computed: Sequence[int], step: int) -> Cell:
         pairs = self.predict(computed, step)
@@ -87,12 +88,13 @@ class Ours:
     """One generation under diffcache: latents, model outputs, and what each row of the schedule computed.
 
     ``branches`` holds, for each guidance branch in the order of their first calls, site -> the computed steps;
-    ``computed`` is that of the last one.
+    ``computed`` is that of the last one, ``left_out`` the steps at which it, or half of its batch, did not run.
     """
 
     latents: torch.Tensor
     outputs: tuple[torch.Tensor, ...]
     branches: tuple[dict[str, list[int]], ...]
+    left_out: list[int] = field(default_factory=list)
 
     @property
     def computed(self) -> dict[str, list[int]]:
@@ -107,18 +109,21 @@ def ours(recipe: Recipe, subject: Subject, seed: int = 0) -> Ours:
     made = generate(fast, subject, seed)
     branches = tuple(
         {
-            row.site: [step for step, column in enumerate(columns) if column[i] == COMPUTE.value]
+            row.site: [step for step, column in enumerate(columns) if column.removeprefix("-")[i] == COMPUTE.value]
             for i, row in enumerate(fast.schedule.rows)
         }
         for _, columns in fast.decisions  # from what was done, not from the schedule
     )
-    return Ours(made.latents, made.outputs, branches)
+    _, columns = fast.decisions[-1]
+    left_out = [step for step, column in enumerate(columns) if column.startswith("-")]
+    return Ours(made.latents, made.outputs, branches, left_out)
 
 
 @functools.cache
 def calibrated(subject: Subject) -> Calibration:
-    """A subject, calibrated on seed 0."""
-    return diffcache.profile(subject.make(), [0], sample=subject.sample, sensitivity_prompts=0, verbose=False)
+    """A subject, calibrated on seed 0; the halves of a batch are told apart by what two prompts have in common."""
+    seeds = [0, 1] if subject.guidance == "batched" else [0]
+    return diffcache.profile(subject.make(), seeds, sample=subject.sample, sensitivity_prompts=0, verbose=False)
 
 
 @functools.cache

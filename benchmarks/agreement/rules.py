@@ -158,6 +158,23 @@ def faster_cache(computed: Sequence[int], steps: int, weight: float = 0.5) -> di
     return found
 
 
+def guidance_steps(timesteps: Sequence[float], interval: int = 5, window: tuple[float, float] = (-1, 641)) -> list[int]:
+    """Steps at which diffusers' FasterCache runs both halves of a batched call."""
+    return [s for s, t in enumerate(timesteps) if s == 0 or not window[0] < t < window[1] or s % interval == 0]
+
+
+def guidance_bands(timesteps: Sequence[float], both: Sequence[int], boost: float = 1.1) -> list[tuple[float, float]]:
+    """What the low and the high part of the last full step's difference count; the factors compound over skips."""
+    pairs, low, high = [], 1.0, 1.0
+    for step, t in enumerate(timesteps):
+        if step in both:
+            low = high = 1.0
+        else:
+            low, high = low * (boost if 99 < t < 901 else 1.0), high * (boost if t < 301 else 1.0)
+        pairs.append((low, high))
+    return pairs
+
+
 def split_frequencies(x: torch.Tensor) -> list[torch.Tensor]:
     """FasterCache's low and high part of the shifted spectrum over the last two axes, radius ``min(H, W) // 5``."""
     spectrum = torch.fft.fftshift(torch.fft.fft2(x))

@@ -25,19 +25,21 @@ Around = Callable[[int, str], AbstractContextManager[Any]]
 class Subject:
     """A denoiser with what its sampler needs.
 
-    ``inputs(latent, sigma, branch)`` gives the arguments of one call; ``branch`` is "cond", "uncond", or "both" for one
-    call on a batch that holds the unconditional samples first. ``guidance``: "none", "separate" (two calls a step,
-    "cond" first) or "batched". ``blocks`` are the paths of the block lists in the order in which they run.
+    ``inputs(latent, sigma, branch, prompt)`` gives the arguments of one call; ``branch`` is "cond", "uncond", or "both"
+    for one call on a batch that holds the unconditional samples first; ``prompt`` draws the conditional embeds.
+    ``guidance``: "none", "separate" (two calls a step, "cond" first) or "batched". ``blocks`` are the paths of the
+    block lists in the order in which they run.
     """
 
     name: str
     build: Callable[[], nn.Module]
-    inputs: Callable[[torch.Tensor, float, str], Inputs]
+    inputs: Callable[[torch.Tensor, float, str, int], Inputs]
     shape: tuple[int, ...]
     blocks: tuple[str, ...]
     steps: int = 24
     guidance: str = "none"
     speed: float = 1.0
+    prompt: int = 100
 
     def make(self) -> nn.Module:
         """A new denoiser; always the same weights. Peers change modules in place, so every run gets its own."""
@@ -67,8 +69,8 @@ class Subject:
         return torch.randn(self.shape, generator=torch.Generator().manual_seed(seed))
 
     def sample(self, denoiser: Any, seed: int) -> torch.Tensor:
-        """One generation: what ``diffcache.compile(..., sample=subject.sample)`` takes."""
-        return generate(denoiser, self, seed).latents
+        """One generation, each seed with a prompt of its own: for ``compile(..., sample=subject.sample)``."""
+        return generate(denoiser, replace(self, prompt=self.prompt + seed), seed).latents
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def generate(denoiser: Any, subject: Subject, seed: int, around: Around | None =
     for step in range(subject.steps):
         called = {}
         for branch in {"none": ("cond",), "separate": ("cond", "uncond"), "batched": ("both",)}[subject.guidance]:
-            args, kwargs = subject.inputs(x, sigmas[step], branch)
+            args, kwargs = subject.inputs(x, sigmas[step], branch, subject.prompt)
             with around(step, branch):
                 output = denoiser(*args, **kwargs)
             called[branch] = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
@@ -122,9 +124,9 @@ def _fixed(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _prompt(branch: str, batch: int, *shape: int) -> torch.Tensor:
+def _prompt(branch: str, prompt: int, batch: int, *shape: int) -> torch.Tensor:
     """The embeds of the prompt, of the empty prompt, or of both, the empty one first."""
-    cond, uncond = _fixed(100, batch, *shape), _fixed(200, batch, *shape)
+    cond, uncond = _fixed(prompt, batch, *shape), _fixed(200, batch, *shape)
     return {"cond": cond, "uncond": uncond, "both": torch.cat([uncond, cond])}[branch]
 
 
@@ -170,13 +172,13 @@ _UNET = {
 }  # fmt: skip
 
 
-def _flux_inputs(x: torch.Tensor, sigma: float, branch: str) -> Inputs:
+def _flux_inputs(x: torch.Tensor, sigma: float, branch: str, prompt: int) -> Inputs:
     ids = torch.zeros(4, 4, 3)
     ids[..., 1], ids[..., 2] = torch.arange(4)[:, None], torch.arange(4)[None]
     return (), {
         "hidden_states": _doubled(x, branch),
-        "encoder_hidden_states": _prompt(branch, len(x), 6, 32),
-        "pooled_projections": _prompt(branch, len(x), 32),
+        "encoder_hidden_states": _prompt(branch, prompt, len(x), 6, 32),
+        "pooled_projections": _prompt(branch, prompt, len(x), 32),
         "timestep": torch.full((len(_doubled(x, branch)),), sigma),
         "img_ids": ids.reshape(-1, 3),
         "txt_ids": torch.zeros(6, 3),
@@ -184,7 +186,7 @@ def _flux_inputs(x: torch.Tensor, sigma: float, branch: str) -> Inputs:
     }
 
 
-def _dit_inputs(x: torch.Tensor, sigma: float, branch: str) -> Inputs:
+def _dit_inputs(x: torch.Tensor, sigma: float, branch: str, prompt: int) -> Inputs:
     labels = {"cond": [3], "uncond": [5], "both": [5, 3]}[branch]
     return (), {
         "hidden_states": _doubled(x, branch),
@@ -194,29 +196,29 @@ def _dit_inputs(x: torch.Tensor, sigma: float, branch: str) -> Inputs:
     }
 
 
-def _sd3_inputs(x: torch.Tensor, sigma: float, branch: str) -> Inputs:
+def _sd3_inputs(x: torch.Tensor, sigma: float, branch: str, prompt: int) -> Inputs:
     return (), {
         "hidden_states": _doubled(x, branch),
-        "encoder_hidden_states": _prompt(branch, len(x), 6, 32),
-        "pooled_projections": _prompt(branch, len(x), 64),
+        "encoder_hidden_states": _prompt(branch, prompt, len(x), 6, 32),
+        "pooled_projections": _prompt(branch, prompt, len(x), 64),
         "timestep": torch.full((len(_doubled(x, branch)),), 1000 * sigma),
         "return_dict": False,
     }
 
 
-def _wan_inputs(x: torch.Tensor, sigma: float, branch: str) -> Inputs:
+def _wan_inputs(x: torch.Tensor, sigma: float, branch: str, prompt: int) -> Inputs:
     return (), {
         "hidden_states": _doubled(x, branch),
         "timestep": torch.full((len(_doubled(x, branch)),), round(1000 * sigma) - 1),
-        "encoder_hidden_states": _prompt(branch, len(x), 6, 16),
+        "encoder_hidden_states": _prompt(branch, prompt, len(x), 6, 16),
         "return_dict": False,
     }
 
 
-def _unet_inputs(x: torch.Tensor, sigma: float, branch: str) -> Inputs:
+def _unet_inputs(x: torch.Tensor, sigma: float, branch: str, prompt: int) -> Inputs:
     # positional: DeepCache takes the timestep from the second argument
     timestep = torch.tensor(round(1000 * sigma) - 1)
-    return (_doubled(x, branch), timestep, _prompt(branch, len(x), 6, 8)), {"return_dict": False}
+    return (_doubled(x, branch), timestep, _prompt(branch, prompt, len(x), 6, 8)), {"return_dict": False}
 
 
 SUBJECTS = {
@@ -232,3 +234,4 @@ SUBJECTS = {
     )
 }  # fmt: skip
 SUBJECTS["wan-separate"] = SUBJECTS["wan"].guided("separate")
+SUBJECTS["wan-batched"] = SUBJECTS["wan"].guided("batched")

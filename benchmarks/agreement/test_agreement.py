@@ -16,6 +16,7 @@ from benchmarks.agreement.ours import Given, Predict, agreement, children, newes
 from benchmarks.agreement.peers.watching import Run, uncached
 from benchmarks.agreement.subjects import SUBJECTS
 from diffcache import recipes
+from diffcache.guidance import Guidance
 
 CLOSE = 1e-4  # relative L2, of the latents and of every model output
 OF_EFFECT = 1e-3  # the same, as a share of what caching changes: small subjects move little
@@ -26,8 +27,14 @@ def taylor(order: int, **options: int) -> Predict:
     return lambda computed, step: rules.ladder(computed, step, order, **options)
 
 
-def agrees(run: Run, subject: str, computed: Mapping[str, Sequence[int]], predict: Predict = newest) -> None:
-    mine = ours(Given(computed=computed, predict=predict), SUBJECTS[subject])
+def agrees(
+    run: Run,
+    subject: str,
+    computed: Mapping[str, Sequence[int]],
+    predict: Predict = newest,
+    guidance: Guidance | None = None,
+) -> None:
+    mine = ours(Given(computed=computed, predict=predict, guidance=guidance), SUBJECTS[subject])
     assert list(mine.computed.values()) == [list(steps) for steps in computed.values()]
     close(mine, run, subject)
 
@@ -85,6 +92,18 @@ def test_faster_cache(subject: str):
     run = peer("faster_cache", subject)
     guesses = rules.faster_cache(run.computed(next(iter(run.ran))), SUBJECTS[subject].steps)
     agrees(run, subject, children(run), lambda computed, step: guesses[step])
+
+
+def test_faster_cache_with_guidance():
+    """One call for both halves: the unconditional one is guessed, by factors that compound over the skips in a row."""
+    run, guided = peer("faster_cache", "wan-batched"), SUBJECTS["wan-batched"]
+    times = [guided.timestep(step) for step in range(guided.steps)]
+    both = rules.guidance_steps(times)
+    guesses = rules.faster_cache(run.computed(next(iter(run.ran))), guided.steps)
+    bands = tuple(rules.guidance_bands(times, both))
+    agrees(
+        run, "wan-batched", children(run), lambda computed, step: guesses[step], Guidance(computed=both, bands=bands)
+    )
 
 
 @pytest.mark.parametrize("decided", ["", "static-"])

@@ -45,9 +45,9 @@ def test_a_sample_is_decided_by_its_company():
     def beside(factor: float) -> Run:
         """Sample 0 in one batch with another, whose prompt is ``factor`` times as loud."""
 
-        def inputs(x: torch.Tensor, sigma: float, branch: str) -> Any:
-            _, one = FLUX.inputs(x[:1], sigma, branch)
-            _, two = FLUX.inputs(x[1:], sigma, branch)
+        def inputs(x: torch.Tensor, sigma: float, branch: str, prompt: int) -> Any:
+            _, one = FLUX.inputs(x[:1], sigma, branch, prompt)
+            _, two = FLUX.inputs(x[1:], sigma, branch, prompt)
             both = {name: torch.cat([one[name], two[name]]) for name in ("hidden_states", "timestep")}
             for name in ("encoder_hidden_states", "pooled_projections"):
                 both[name] = torch.cat([one[name], factor * two[name]])

@@ -15,6 +15,7 @@ What no run here shows, because it takes an equality, a batch or a threshold tha
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ import diffcache
 from benchmarks.agreement import rules
 from benchmarks.agreement.cases import LATER, MASK, THRESHOLDS, peer, ratios
 from benchmarks.agreement.ours import Ours, agreement, children, ours, plan, with_predictor
-from benchmarks.agreement.peers import cache_dit_blocks, deepcache, smoothcache
+from benchmarks.agreement.peers import cache_dit_blocks, deepcache, diffusers_hooks, smoothcache
 from benchmarks.agreement.peers.watching import Run, Watch, observe, uncached
 from benchmarks.agreement.subjects import SUBJECTS, generate
 from diffcache import planners, recipes, when
@@ -152,6 +153,21 @@ def test_fastercache_computes_when_the_original_does(subject: str):
     same_decisions(mine, run, subject)
     apart, _ = agreement(mine, run.latents, run.outputs, uncached(SUBJECTS[subject]).outputs)
     assert apart > 1e-4
+
+
+def test_fastercache_guesses_the_unconditional_half_as_the_original_does():
+    """Without boost: the original's compounds over the skips in a row, which no equation of the paper does.
+
+    Attention is always computed here; with guidance the original pauses it only where the half is left out.
+    """
+    guided = SUBJECTS["wan-batched"]
+    run = diffusers_hooks.faster_cache(guided, window=(-2, -1), boost=1.0)
+    recipe = recipes.fastercache_guided(guidance_interval=5, guidance_start=9 / guided.steps, boost=1.0)
+    mine = ours(replace(recipe, parts=()), guided)
+    both = [step for step, passed in enumerate(run.passed["blocks.0.attn2"]) if len(passed[0]) == 2]
+    assert both == rules.guidance_steps([guided.timestep(step) for step in range(guided.steps)])
+    assert mine.left_out == [step for step in range(guided.steps) if step not in both]
+    close(mine, run, "wan-batched")
 
 
 # -- what calibration measures -----------------------------------------------------------------------------------------

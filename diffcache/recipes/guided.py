@@ -54,14 +54,14 @@ def fastercache_guided(
 ) -> Recipe:
     """Attention as ``fastercache``, and the unconditional branch from the conditional one plus their last difference.
 
-    From ``guidance_start`` of the steps on, every ``guidance_interval``-th computes both. The difference's low
+    From ``guidance_start`` of the steps on, both run only at multiples of ``guidance_interval``. The difference's low
     frequencies count ``boost`` times until ``split`` of the steps, then its high ones; ``bands=False`` leaves them
     alone, which sequences of tokens need.
     """
 
     def guessed(plan: Plan) -> Guidance:
         start = max(1, round(guidance_start * plan.steps))
-        computed = sorted({*range(start), *range(start, plan.steps, guidance_interval)})
+        computed = [step for step in range(plan.steps) if step < start or step % guidance_interval == 0]
         pairs = [(boost, 1.0) if step < split * plan.steps else (1.0, boost) for step in range(plan.steps)]
         return Guidance("difference", tuple(computed), bands=tuple(pairs) if bands else ())
 

@@ -35,7 +35,8 @@ class Helped:
 
         self.subject, self.model = subject, subject.make()
         self.watch = Watch(self.model, unet_paths(self.model))
-        timesteps = torch.stack([subject.inputs(subject.latent(0), s, "cond")[0][1] for s in subject.sigmas()[:-1]])
+        given = [subject.inputs(subject.latent(0), s, "cond", subject.prompt) for s in subject.sigmas()[:-1]]
+        timesteps = torch.stack([args[1] for args, _ in given])
         pipe = SimpleNamespace(unet=self.model, scheduler=SimpleNamespace(timesteps=timesteps))
         self.helper = DeepCacheSDHelper(pipe=pipe)
         self.helper.set_params(cache_interval=interval, cache_branch_id=branch, skip_mode=mode)

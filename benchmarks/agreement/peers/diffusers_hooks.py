@@ -235,6 +235,7 @@ def faster_cache(
     weight: float = 0.5,
     uncond_interval: int = 5,
     uncond_window: tuple[int, int] = (-1, 641),
+    boost: float = 1.1,
     tensor_format: str = "BCFHW",
     seed: int = 0,
 ) -> Run:
@@ -248,9 +249,9 @@ def faster_cache(
 
     Unconditional half, i counts calls of the denoiser: skipped iff i > 0, inside its window and i mod uncond_interval
     != 0. At a full call dLF = LF(u) - LF(c), dHF = HF(u) - HF(c): fft2 over the last two axes, shifted, low inside
-    radius min(H, W) // 5. At a skipped one dLF *= 1.1 (if 99 < t < 901), dHF *= 1.1 (if t < 301): the factors compound
-    over the skips in a row; u = real(ifft2(LF(c) + dLF + HF(c) + dHF)). Then only the conditional half runs, and
-    attention is skipped in it as above; at full calls attention always runs.
+    radius min(H, W) // 5. At a skipped one dLF *= boost (if 99 < t < 901), dHF *= boost (if t < 301): the factors
+    compound over the skips in a row; u = real(ifft2(LF(c) + dLF + HF(c) + dHF)). Then only the conditional half runs,
+    and attention is skipped in it as above; at full calls attention always runs.
 
     Faults: with a distilled model and the first timestep inside the window it fails on an empty cache; only inputs
     in a fixed list of names are halved, so models with pooled prompts or class labels fail.
@@ -263,6 +264,8 @@ def faster_cache(
         unconditional_batch_skip_range=uncond_interval,
         unconditional_batch_timestep_skip_range=uncond_window,
         attention_weight_callback=lambda module: weight,
+        alpha_low_frequency=boost,
+        alpha_high_frequency=boost,
         tensor_format=tensor_format,
         is_guidance_distilled=subject.guidance != "batched",
     )
