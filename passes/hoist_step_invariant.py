@@ -30,11 +30,12 @@ def hoist_step_invariant(
 ) -> fx.GraphModule:
     """Move all nodes that depend only on the inputs at ``invariant`` paths, parameters and constants to a prologue.
 
-    Equal values come out of it once, except those that sites go by (``named``).
+    Equal values come out of it once, except those that sites go by (``named``), which come out whoever reads them.
     """
     fixed = _fixed_nodes(gm.graph, frozenset(invariant))
     work = [node for node in gm.graph.nodes if node in fixed and node.op.startswith("call_")]
-    values = [n for n in work if not n.meta.get("guard") and any(user not in fixed for user in n.users)]
+    read = [n for n in work if n.name in named or any(user not in fixed for user in n.users)]
+    values = [n for n in read if not n.meta.get("guard")]
     first = _first_of_equals(work, named)
     distinct = list(dict.fromkeys(first.get(value, value) for value in values))
     gm.meta["hoisted"] = len(work)
@@ -53,6 +54,9 @@ def hoist_step_invariant(
     for node in reversed(work):
         if not node.users:
             gm.graph.erase_node(node)
+    left = set(gm.graph.nodes)
+    for node in left:  # what the prologue does is done before
+        node.meta["deps"] = tuple(dep for dep in node.meta.get("deps", ()) if dep in left)
     return gm
 
 

@@ -141,6 +141,34 @@ def test_equal_values_come_out_of_the_prologue_once() -> None:
         assert torch.equal(module(*inputs(), *hoisted), TwoBlocks()(*inputs()))
 
 
+def test_what_sites_go_by_comes_out_of_the_prologue_though_only_it_reads_it() -> None:
+    module = flat(TwoBlocks())
+    (sine, *_) = [node.name for node in module.graph.nodes if node.target is torch.sin]
+    module = hoist_step_invariant(module, invariant={PROMPT}, named={sine})
+    given = {node.meta.get("captured_as"): node for node in module.graph.nodes if node.op == "placeholder"}
+    assert sine in given
+    assert not given[sine].users
+    assert torch.equal(module.meta["prologue"](*inputs())[0], torch.sin(inputs()[2]))
+
+
+class MasksText(nn.Module):
+    """The prompt is written into before anything reads it; the writes are hoisted, what follows them is not."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
+        text = prompt.mean(1, keepdim=True)
+        text[..., :1] = 0.0
+        return x * text + t
+
+
+def test_nothing_waits_for_a_write_that_was_hoisted() -> None:
+    module = hoist_step_invariant(flat(MasksText()), invariant={PROMPT})
+    nodes = set(module.graph.nodes)
+    assert any(node.meta.get("writes") for node in module.meta["prologue"].graph.nodes)
+    assert all(dep in nodes for node in nodes for dep in node.meta.get("deps", ()))
+    module.recompile()
+    assert torch.equal(module(*inputs(), *module.meta["prologue"](*inputs())), MasksText()(*inputs()))
+
+
 def test_hoisting_without_invariant_inputs_does_nothing() -> None:
     module = flat()
     before = lines(module)
