@@ -18,7 +18,7 @@ SETTINGS: dict[str, list[Settings]] = {
     "magcache": [{"threshold": 0.12}, {"threshold": 0.06}, {"threshold": 0.24}],
     "easycache": [{"threshold": 0.1}, {"threshold": 0.05}, {"threshold": 0.2}],
     "seacache": [{"threshold": 0.3}, {"threshold": 0.6}, {"threshold": 0.15}],
-    "sencache": [{}, {"main": 0.2}, {"main": 0.05}],
+    "sencache": [{"main": 0.3}, {"main": 0.6}, {"main": 0.15}],
     "adaptive_diffusion": [{"theta": 0.1}, {"theta": 0.01}, {"theta": 0.3}],
     "dicache": [{"threshold": 0.4}, {"threshold": 0.2}, {"threshold": 0.8}],
     "fastcache": [{"scale": 0.01}, {"scale": 0.003}, {"scale": 0.03}],
@@ -35,7 +35,7 @@ SETTINGS: dict[str, list[Settings]] = {
     "bwcache": [{"threshold": 0.3}, {"threshold": 0.15}, {"threshold": 0.6}],
     "learning_to_cache": [{"share": 0.5}, {"share": 0.8}],
     "harmonica": [{"share": 0.5}, {"share": 0.8}],
-    "lazydit": [{}],
+    "lazydit": [{}, {"laziness": 0.8}],
     # static
     "deepcache": [{"interval": 3}, {"interval": 2}, {"interval": 5}],
     "fora": [{"interval": 3}, {"interval": 2}, {"interval": 5}],
@@ -69,6 +69,11 @@ SETTINGS: dict[str, list[Settings]] = {
     "meancache": [{"share": 0.4}, {"share": 0.3}],
     "budcache": [{"share": 0.4, "max_trials": 40}],
     "golden_path": [{"share": 0.4, "max_trials": 40}],
+    # guidance
+    "t_gate": [{}, {"gate": 0.6}, {"gate": 0.25}],
+    "fastercache_guided": [{"bands": False}, {}],
+    "dyncfgcache": [{"threshold": 0.5}, {"threshold": 1.0}, {"threshold": 0.1}],
+    "adaptive_guidance": [{"similarity": 0.9}, {"similarity": 0.97}, {"similarity": 0.8}],
     "ecad": [{"share": 0.4, "population": 6, "generations": 4}],
     "procache": [{"share": 0.4}],
 }

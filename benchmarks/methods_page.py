@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.method_settings import SETTINGS
+from benchmarks import measured
+from benchmarks.measured import MODELS, Row
 from benchmarks.survey import BEYOND, SURVEY
 from diffcache.cells import COMPUTE, GateSpec
 from diffcache.memory import plan_memory
@@ -27,8 +27,6 @@ from diffcache.recipes import METHODS, Method, Part, Plan, Recipe
 from diffcache.schedule import Schedule, SiteChoice
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "methods.md"
-RESULTS = Path(__file__).parent / "results" / "methods.json"
-MODELS = ("emoji-mmdit", "emoji-unet", "emoji-video")
 STEPS, BLOCKS = 50, 8
 KINDS = ("self", "cross", "temporal")
 # recipes without defaults for all that they need
@@ -192,31 +190,12 @@ def _memory(schedule: Schedule) -> str:
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def rows() -> list[dict[str, Any]]:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-
-
-def _figures(found: Sequence[dict[str, Any]], way: str, model: str) -> str:
-    """FLOPs left, speed-up and PSNR at the middle setting, or why there are none."""
-    middle = json.dumps(SETTINGS.get(way, [{}])[0])
-    row = next((r for r in found if (r["model"], r["way"], json.dumps(r["setting"])) == (model, way, middle)), None)
-    if row is None:
-        return ""
-    if "refused" in row:
-        return "refused"
-    return f"{100 * row['flops']:.0f} %, {row['time']:.2f}x, {_decibels(row['psnr'])}"
-
-
-def _decibels(value: float) -> str:
-    return "exact" if value == float("inf") else f"{value:.1f} dB"
-
-
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     cells = [[str(cell).replace("|", "\\|") for cell in line] for line in (head, ["---"] * len(head), *lines)]
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
-def _recipes(found: Sequence[dict[str, Any]]) -> str:
+def _recipes(found: Sequence[Row]) -> str:
     lines = []
     for name, method in METHODS.items():
         axes = read(name)
@@ -224,7 +203,7 @@ def _recipes(found: Sequence[dict[str, Any]]) -> str:
             [f"[`{name}`](#{name})", method.title, str(method.year), method.category]
             + [axes[axis] for axis in ("sites", "when", "gate", "predictor", "tokens", "branch")]
             + [axes["calibration"], axes["memory"], method.published or "-"]
-            + [_figures(found, name, model) for model in MODELS]
+            + [measured.in_short(measured.middle(found, name, model)) for model in MODELS]
         )
     head = ["recipe", "method", "year", "class", "sites", "when", "gate", "predictor", "tokens", "branch",
             "asked of calibration", "entries kept", "published", *MODELS]  # fmt: skip
@@ -242,19 +221,12 @@ def _survey() -> str:
     return table(["no.", "method", "recipe", "left out, or why there is none", "nearest here"], lines)
 
 
-def _measured(found: Sequence[dict[str, Any]]) -> str:
-    lines = []
-    for row in sorted(found, key=lambda row: (MODELS.index(row["model"]), row.get("flops", 2.0))):
-        setting = ", ".join(f"{name}={value}" for name, value in row["setting"].items()) or "defaults"
-        if "refused" in row:
-            figures = ["-", "-", "-", "-", "-", "refused: " + row["refused"]]
-        else:
-            memory = f"{row['megabytes']:.2f}" if "megabytes" in row else "-"
-            passes = "" if row["flops"] < 0.999 else "nothing passes"
-            figures = [f"{100 * row['flops']:.0f} %", f"{row['time']:.2f}x", _decibels(row["psnr"])]
-            figures += [f"{row['relative_l2']:.4f}", memory, passes]
-        lines.append([row["model"], row["way"], setting, *figures])
-    return table(["model", "way", "setting", "FLOPs left", "time", "PSNR", "relative L2", "MB kept", ""], lines)
+def _measured(found: Sequence[Row], model: str) -> str:
+    compared, beaten, _ = measured.standing(found, model)
+    refused = measured.refusals(found, model)
+    text = f"### {model}\n\nOf {compared} rows of recipes, `Speedup` is nearer to the uncached result than {beaten}, "
+    text += "at no more FLOPs.\n\n" + table(measured.HEAD, measured.lines(found, model))
+    return text + ("\n\nRefused:\n\n" + "\n".join(refused) if refused else "")
 
 
 def _described(name: str, method: Method) -> str:
@@ -264,8 +236,9 @@ def _described(name: str, method: Method) -> str:
     return f'<a id="{name}"></a>\n### `{name}`\n{method.title}, {method.year}.{source}\n\n`{name}{signature}`\n\n{text}'
 
 
-def page(found: Sequence[dict[str, Any]]) -> str:
+def page(found: Sequence[Row]) -> str:
     """The whole page with the figures that were found."""
+    sections = "\n\n".join(_measured(found, model) for model in MODELS)
     described = "\n\n".join(_described(name, method) for name, method in METHODS.items())
     return f"""# Published methods as recipes
 
@@ -291,10 +264,13 @@ has none.
 
 ## Measured
 
-`python -m benchmarks.methods`. "Fewer steps" is the same sampler with that many steps, `Speedup` the search of
-`diffcache.compile`.
+`python -m benchmarks.methods`: calibrated on pairs that the models were trained on, judged on held-out pairs and
+another seed. "Fewer steps" is the same sampler with that many steps, `Speedup` the search of `diffcache.compile`.
+Beside each row stands the best that `Speedup` reached with no more FLOPs, and how many decibels lie between.
 
-{_measured(found)}
+![PSNR over FLOPs left for every recipe](methods.png)
+
+{sections}
 
 ## What each recipe does
 
@@ -305,7 +281,7 @@ has none.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only say whether the page is up to date")
-    text = page(rows())
+    text = page(measured.rows())
     if parser.parse_args().check:
         raise SystemExit(0 if PAGE.read_text() == text else "docs/methods.md is out of date; write it again")
     PAGE.write_text(text)

@@ -158,7 +158,7 @@ SURVEY: dict[int, Row] = {
     57: Row("DiCache", ("dicache",)),
     58: Row("ERTACache", ("ertacache",), "its correction of the step size and of the output"),
     59: Row("BWCache", ("bwcache",)),
-    60: Row("RFC", ("rfc",), "relation of every module to its own input; here of the stack"),
+    60: Row("RFC", ("rfc",)),
     61: Row("ScalingCache", ("scalingcache",)),
     62: Row(
         "SortBlock",

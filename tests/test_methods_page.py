@@ -6,8 +6,9 @@ import json
 
 import pytest
 
+from benchmarks.measured import MODELS, RESULTS
 from benchmarks.method_settings import SETTINGS
-from benchmarks.methods_page import MODELS, PAGE, RESULTS, page, read
+from benchmarks.methods_page import PAGE, page, read
 from benchmarks.survey import BEYOND, SURVEY
 from diffcache.recipes import METHODS
 

@@ -108,10 +108,13 @@ class ThirdDifference(Gate):
 
 @gate("linear")
 class Linear(Gate):
-    """LazyDiT (2024): ``sigmoid(mean over tokens of w z + bias) > 1/2``, z a module's input, w fitted to it."""
+    """LazyDiT (2024): ``sigmoid(mean over tokens of w z + bias) > 1/2``, z a module's input, w fitted to it.
 
-    def __init__(self, *, weights: Sequence[float], bias: float, probe: str):
-        self.weights, self.bias, self.probe = tuple(weights), bias, probe
+    At most ``max_since`` forecasts in a row; 0 for no limit.
+    """
+
+    def __init__(self, *, weights: Sequence[float], bias: float, probe: str, max_since: int = 0):
+        self.weights, self.bias, self.probe, self.max_since = tuple(weights), bias, probe, max_since
         self._row: Tensor | None = None
 
     def look(self, new: Tensor, moment: Moment) -> Tensor | None:
@@ -120,7 +123,7 @@ class Linear(Gate):
         return new.float().reshape(len(new), -1, new.shape[-1]).mean(1) @ self._row + self.bias
 
     def follow(self, moment: Moment, numbers: Numbers) -> Decision:
-        return numbers[:, 0] > 0
+        return (numbers[:, 0] > 0) & (not self.max_since or moment.since <= self.max_since)
 
     def done(self, moment: Moment, computed: bool) -> None:
         """Nothing of an earlier step counts."""

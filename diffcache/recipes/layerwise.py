@@ -162,11 +162,12 @@ def _routed(share: float, sensitive: bool) -> Recipe:
 
 
 @method("LazyDiT", 2024, "layer-adaptive", "AAAI 2025", "up to half of the modules left out")
-def lazydit(laziness: float = 0.5, ridge: float = 1.0) -> Recipe:
+def lazydit(laziness: float = 0.5, ridge: float = 1.0, max_skips: int = 1) -> Recipe:
     """Each module is reused where a linear function of its input, averaged over tokens, is positive.
 
     The paper trains that function with the model. Here it is a ridge regression on how much the module's output changed
-    from step to step in calibration: positive where it changed less than in ``laziness`` of all modules and steps.
+    from step to step in calibration: positive where it changed less than in ``laziness`` of all modules and steps. Such
+    a label speaks of one step, so there are at most ``max_skips`` in a row (0: any number).
     """
     pick = modules()
 
@@ -178,7 +179,7 @@ def lazydit(laziness: float = 0.5, ridge: float = 1.0) -> Recipe:
         probe = probes[names.index(site.name)]
         inputs = plan.measure(probes, "pooled")[probe][:, 1:]  # nothing can be reused at the first step
         weights, bias = _fitted_plane(inputs, changes[site.name][:, 1:, 0], limit, ridge)
-        return GateSpec("linear", {"weights": weights, "bias": bias, "probe": probe})
+        return GateSpec("linear", {"weights": weights, "bias": bias, "probe": probe, "max_since": max_skips})
 
     return Recipe(parts=(Part(sites=pick, when=forced(1), gate=gate),))
 

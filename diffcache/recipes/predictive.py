@@ -127,14 +127,21 @@ def scalingcache(warm_up: int = 14, scale: float = 1.0, interval: int = 0) -> Re
 
 
 @method("RFC", 2025, "predictive", "arXiv 2602.19506", "FLUX 13.8 computed of 50, Hunyuan 9 of 50")
-def rfc(threshold: float = 0.3, warm_up: int = 3, order: int = 1) -> Recipe:
-    """The direction of TaylorSeer, as far as the input has moved: ``O_0 + s |I - I_0| D / |D|``.
+def rfc(threshold: float = 0.3, warm_up: int = 3, order: int = 1, lite: bool = False) -> Recipe:
+    """The direction of TaylorSeer, as far as the module's own input has moved: ``O_0 + s |I - I_0| D / |D|``.
 
-    ``s = |O_0 - O_1| / |I_0 - I_1|``; computed again when the input's own forecast errors add up to a threshold.
+    ``s = |O_0 - O_1| / |I_0 - I_1|``; computed again when the forecast errors of the first input, that of the stack, add
+    up to a threshold. ``lite`` forecasts the stack alone.
     """
+
+    def own_input(site: SiteChoice) -> str:
+        _, _, path = site.name.partition(":")
+        return "stack_input" if lite or not path else f"input:{path}"
+
     gate = GateSpec("input_error", {"threshold": threshold, "probe": "stack_input"})
-    predictor = Predict("relation", {"order": order}, history=4, probe="stack_input")
-    return Recipe(parts=(Part(sites=one("stack"), when=forced(warm_up), gate=gate, predictor=predictor),))
+    predictor = Predict("relation", {"order": order}, history=order + 1, probe=own_input)
+    sites = one("stack") if lite else modules()
+    return Recipe(parts=(Part(sites=sites, when=forced(warm_up), gate=gate, predictor=predictor),))
 
 
 @method("VDE", 2026, "predictive", "arXiv 2605.23381", "Qwen-Image 2.04x PSNR 28.6, Wan 2.08x")
