@@ -16,6 +16,7 @@ from diffcache.report import relative_error
 from diffcache.schedule import Schedule, SiteChoice
 from diffcache.sites import Site
 from diffcache.token_region import token_region
+from diffcache.tracing.spec import TensorSpec
 from diffcache.trajectories import trajectory
 
 
@@ -42,6 +43,14 @@ def plan_of(calibration: Calibration, generate: Generate | None = None, prompts:
             return str(error)
         return ""
 
+    @functools.cache
+    def tokens(name: str) -> frozenset[int]:
+        values = calibration.finder.first(name).values
+        specs = [
+            n.meta.get("val") for n in calibration.captured.variants[0].graph_module.graph.nodes if n.name in values
+        ]
+        return frozenset(spec.shape[1] for spec in specs if isinstance(spec, TensorSpec) and len(spec.shape) > 2)
+
     total = calibration.profile.total_flops
     run = generate or _nothing
 
@@ -59,6 +68,7 @@ def plan_of(calibration: Calibration, generate: Generate | None = None, prompts:
         error_of=None if generate is None else error,
         refusal_of=refusal,
         trajectory_of=None if generate is None else values,
+        tokens_of=tokens,
     )
 
 

@@ -404,6 +404,23 @@ def test_steps_of_the_recipes() -> None:
     assert grid_of_recipe(recipes.clusca(), 9)["ff:blocks.0.ff"] == "CCCttttCt"
 
 
+def test_tokens_are_chosen_by_an_attention_on_the_same_ones_only() -> None:
+    """Where text and picture go through attention apart and through the feed-forward as one, by the own values."""
+    counts = {site.name: {24} if site.role == "feedforward" else {16, 8} for site in SITES}
+    joined = Plan(8, SITES, tokens_of=counts.__getitem__)
+    alike = Plan(8, SITES, tokens_of={**counts, "attn:blocks.1.attn": {24}}.__getitem__)
+
+    def beside(plan: Plan) -> set[str]:
+        rows = recipes.toca().schedule(plan).rows
+        return {cell.beside for row in rows for cell in row.cells if isinstance(cell, Partial)}
+
+    assert beside(joined) == {""}
+    assert beside(alike) == {"", "attn:blocks.1.attn"}
+    with pytest.raises(ValueError, match="on the same tokens; take toca"):
+        recipes.duca().schedule(joined)
+    assert recipes.duca().schedule(alike)
+
+
 def test_tocas_keep_ratio() -> None:
     """More in the first layers and at later steps; modules by their weight."""
     schedule = recipes.toca(interval=9, share=0.1).schedule(Plan(10, SITES))

@@ -46,6 +46,7 @@ class Plan:
     error_of: Callable[[Schedule], float] | None = None
     refusal_of: Callable[[str], str] | None = None
     trajectory_of: Callable[[str], NDArray[np.float32]] | None = None
+    tokens_of: Callable[[str], Collection[int]] | None = None
 
     def site(self, name: str) -> SiteChoice:
         """The site of a name. Raises ValueError where there is none."""
@@ -88,6 +89,10 @@ class Plan:
     def mixes_tokens(self, name: str) -> str:
         """Why a site cannot run on some of its tokens; empty where it can, or where that is not known yet."""
         return self.refusal_of(name) if self.refusal_of is not None else ""
+
+    def tokens(self, name: str) -> Collection[int]:
+        """How many tokens the values of a site have in calibration; empty where that is not known yet."""
+        return self.tokens_of(name) if self.tokens_of is not None else ()
 
     def known(self) -> str:
         names = [f"{site.name} ({site.role})" if site.role else site.name for site in self.sites]

@@ -82,7 +82,7 @@ def every_one(*roles: str, kinds: Sequence[str] = (), first: int = 0, last: int 
         chosen = [site for site in placed if not any(_within(site, other) for other in placed)]
         if not chosen:
             what = f"{' or '.join(roles)}{f' of kind {list(kinds)}' if kinds else ''}"
-            raise ValueError(f"no site is an {what}; the sites and roles here are: {plan.known()}")
+            raise ValueError(f"no site here is of the role {what}; the sites and roles here are: {plan.known()}")
         return chosen
 
     return pick

@@ -130,8 +130,8 @@ def scalingcache(warm_up: int = 14, scale: float = 1.0, interval: int = 0) -> Re
 def rfc(threshold: float = 0.3, warm_up: int = 3, order: int = 1, lite: bool = False) -> Recipe:
     """The direction of TaylorSeer, as far as the module's own input has moved: ``O_0 + s |I - I_0| D / |D|``.
 
-    ``s = |O_0 - O_1| / |I_0 - I_1|``; computed again when the forecast errors of the first input, that of the stack, add
-    up to a threshold. ``lite`` forecasts the stack alone.
+    ``s = |O_0 - O_1| / |I_0 - I_1|``; computed again when the forecast errors of the stack's input add up to a
+    threshold. ``lite`` forecasts the stack alone.
     """
 
     def own_input(site: SiteChoice) -> str:

@@ -14,12 +14,21 @@ SELF = ("self", "joint", "spatial", "mixed", "")
 
 
 def attention_beside(plan: Plan, site: SiteChoice) -> str:
-    """The attention of a feed-forward's own block, by its place in the model; "" where it has none."""
+    """The attention of a feed-forward's own block on the same tokens, by its place in the model; "" for none.
+
+    Two streams may go through attention apart and through a feed-forward as one sequence.
+    """
     if site.role != "feedforward":
         return ""
-    block = site.name.partition(":")[2].rpartition(".")[0]
+    block, tokens = _block(site), set(plan.tokens(site.name))
     beside = (other for other in plan.sites if other.role == "attention" and other.kind in SELF)
-    return next((other.name for other in beside if other.name.partition(":")[2].rpartition(".")[0] == block), "")
+    alike = (other.name for other in beside if _block(other) == block and tokens <= set(plan.tokens(other.name)))
+    return next(alike, "")
+
+
+def _block(site: SiteChoice) -> str:
+    """The path of the module that a child is in."""
+    return site.name.partition(":")[2].rpartition(".")[0]
 
 
 def _share(share: float, step_weight: float, layer_weight: float, module: float) -> Share:
@@ -113,10 +122,13 @@ def duca(interval: int = 5, share: float = 0.1, attention: bool = False) -> Reci
 
 
 def _with_attention(plan: Plan) -> Sequence[SiteChoice]:
-    """Feed-forwards in whose block there is an attention to choose tokens by."""
+    """Feed-forwards in whose block there is an attention on their tokens, to choose them by."""
     found = [site for site in every_one("feedforward")(plan) if attention_beside(plan, site)]
     if not found:
-        raise ValueError(f"no block here has both an attention and a feed-forward; the sites are: {plan.known()}")
+        raise ValueError(
+            "no block here has an attention and a feed-forward on the same tokens; take toca, which then chooses by "
+            f"the feed-forward's own values. The sites are: {plan.known()}"
+        )
     return found
 
 
