@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -56,7 +57,9 @@ def search(
     """Up to ``proposals`` different schedules within the budget, best predicted first; the same every time.
 
     ``sites`` restricts the candidates, ``max_history`` the tensors a forecast may read, ``predictors`` the weight rules
-    (see ``gap_costs.weight_rules``). Under ``Speedup`` the order is by predicted error, under ``Quality`` by FLOPs.
+    (see ``gap_costs.weight_rules``). Under ``Speedup`` the order is by predicted error, under ``Quality`` by FLOPs. No
+    site and no assumption about noise is proposed again while others are not: predictions mislead most in what those
+    have in common, and real generations decide.
     Raises ValueError when no site can reach the budget, saying what can be reached.
     """
     if isinstance(budget, Exact):
@@ -89,7 +92,18 @@ def search(
     ranked = sorted(found.values(), key=lambda proposal: proposal.expected)
     if isinstance(budget, Quality):
         ranked = sorted(ranked, key=lambda proposal: proposal.schedule.flops_fraction)
-    return [proposal.schedule for proposal in ranked[:proposals]]
+    return [proposal.schedule for proposal in _spread(ranked, proposals)]
+
+
+def _spread(ranked: Sequence[Proposal], count: int) -> list[Proposal]:
+    """The best of each kind, then the second best of each, in the order that they were ranked in."""
+    of_kind = Counter[tuple[str, float]]()
+    turn = []
+    for proposal in ranked:
+        turn.append(of_kind[proposal.kind])
+        of_kind[proposal.kind] += 1
+    chosen = sorted(range(len(ranked)), key=lambda i: (turn[i], i))[:count]
+    return [ranked[i] for i in sorted(chosen)]
 
 
 def cost_fraction(profile: Profile, site: SiteProfile, computed: int) -> float:
@@ -132,10 +146,14 @@ def predicted_error(profile: Profile, schedule: Schedule) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Proposal:
-    """A schedule and its expected relative squared error (the yardstick in the module's docstring)."""
+    """A schedule, its expected relative squared error (the yardstick in the module's docstring), and its kind.
+
+    Of one kind are proposals for the same site under the same assumption about the noise of history.
+    """
 
     schedule: Schedule
     expected: float
+    kind: tuple[str, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +167,7 @@ class _Planner:
     memory: int
     most: int
     label: str
+    history_noise: float
     # [T, g1, ..., L]: the cheapest rule's cost, and the number of that rule
     costs: Array
     cheapest: Index
@@ -185,7 +204,7 @@ class _Planner:
             flops_fraction=cost_fraction(self.profile, self.site, computed),
         )
         left = 1.0 - FEEDBACK * noise
-        return Proposal(schedule, error / left if left > 0 else math.inf)
+        return Proposal(schedule, error / left if left > 0 else math.inf, (self.site.name, self.history_noise))
 
     def fastest(self, budget: Quality) -> Proposal | None:
         """The proposal with the fewest computed steps whose expected error stays within the budget."""
@@ -235,7 +254,7 @@ def _planners(
         best, came = _walk(costs, most)
         label = f"{counting} errors, {family}, noise={noise:g}"
         cheapest = numbers[every.argmin(axis=0)]
-        yield _Planner(profile, site, rules, table, memory, most, label, costs, cheapest, best, came)
+        yield _Planner(profile, site, rules, table, memory, most, label, noise, costs, cheapest, best, came)
 
 
 def _walk(costs: Array, most: int) -> tuple[list[Array], list[Index]]:
