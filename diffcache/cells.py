@@ -196,6 +196,11 @@ class Partial:
         """The most values of its own that it reads."""
         return max(self.others.history, 1 if self.beside else self.looks)
 
+    @property
+    def reads(self) -> int:
+        """The most values that the others are forecast from: the newest, and what a rule of several reads beside it."""
+        return self.others.history + (self.others.history > 1)
+
     def count(self, tokens: int) -> int:
         """How many of so many tokens are computed."""
         return min(tokens, max(1, self.clusters, round(self.share * tokens)))

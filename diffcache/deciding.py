@@ -222,7 +222,7 @@ class Deciding:
         if isinstance(cell, Online) and cell.predictor in FROM_VALUES:
             return self.probes.given(row, cell, self.made[row], self.step, history)
         if isinstance(cell, Online):
-            cell = forecast(cell, self.made[row], self.step, self.schedule.clock)
+            cell = forecast(cell, self.made[row], self.step, self.schedule.clock, self.tokens.partial[row])
         self.probes.basis(row, cell, history)
         return cell
 

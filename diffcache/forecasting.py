@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from diffcache import predictors
@@ -10,19 +10,36 @@ from diffcache.cells import Forecast, Online, Partial, View
 from diffcache.schedule import Row
 
 
-def forecast(cell: Online, made: Sequence[int], step: int, clock: Sequence[float]) -> Forecast:
+def forecast(
+    cell: Online, made: Sequence[int], step: int, clock: Sequence[float], partial: Collection[int] = ()
+) -> Forecast:
     """An online cell as a forecast from the newest of the computed steps ``made`` (newest first).
+
+    At the steps ``partial`` only some tokens were computed: those are no points of a trajectory, for the other tokens
+    are forecasts themselves. The rule runs on the full steps alone, ``R``, and the newest value, which has the fresh
+    tokens, goes on as the rule does: ``F_p + R(step) - R(p)``. A token that was not computed at p is then at R(step).
 
     Raises:
         ValueError: the rule is unknown, or wants the sampler's times where there are none.
     """
-    history = tuple(made[: cell.history])
+    history = tuple(at for at in made if at not in partial)[: cell.history]
+    if made[0] in partial:
+        assert cell.view is None
+        now, then = (_weights(cell, history, at, clock) for at in (step, made[0]))
+        return used((made[0], *history), [1.0, *(a - b for a, b in zip(now, then, strict=True))])
     at, target = times(cell, history, step, clock)
     weights = predictors.weights(cell.predictor, at, target, **cell.options)
     inside = [] if cell.view is None else [
         predictors.weights(rule["predictor"], at, target, **rule["options"]) for rule in cell.view.inside
     ]  # fmt: skip
     return used(history, weights, cell.view, inside)
+
+
+def _weights(cell: Online, history: Sequence[int], step: int, clock: Sequence[float]) -> list[float]:
+    """The rule's weights, one for each value of history."""
+    at, target = times(cell, history, step, clock)
+    found = list(predictors.weights(cell.predictor, at, target, **cell.options))
+    return [*found, *[0.0] * (len(history) - len(found))]
 
 
 def times(cell: Online, history: Sequence[int], step: int, clock: Sequence[float]) -> tuple[list[float], float]:

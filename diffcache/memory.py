@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from diffcache.cells import Forecast, Partial
 from diffcache.ops import SMALL
 from diffcache.schedule import Row, Schedule
 from diffcache.sites import Site
+from diffcache.token_reads import kept_steps
 from diffcache.tracing.spec import TensorSpec
 
 SMALL_DTYPES = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
@@ -66,7 +68,7 @@ def plan_memory(
     device, host = [], []
     for step in range(schedule.steps):
         waiting = {site: len(steps) for site, steps in schedule.live_after(step - 1).items()} if step else {}
-        newest = {row.site: min(step, schedule.newest_after(row, step - 1)) for row in schedule.rows}
+        newest = {row.site: _newest_held(schedule, row, step) for row in schedule.rows}
         waiting |= {site: max(count, waiting.get(site, 0)) for site, count in newest.items() if count}
         written = schedule.writes(step)
         reads = {row.site: n for row, n in zip(schedule.rows, schedule.structure(step).reads, strict=True)}
@@ -82,6 +84,13 @@ def plan_memory(
         host.append(sum(count * entry_bytes[site] for site, count in held.items()) if offload else 0)
     peak = max(range(schedule.steps), key=lambda step: device[step])
     return MemoryPlan(entries, dict(entry_bytes), streams, streams * device[peak], streams * max(host), peak)
+
+
+def _newest_held(schedule: Schedule, row: Row, step: int) -> int:
+    """How many values of a row at most are kept before a step for what is decided at run time."""
+    newest, full = schedule.newest_after(row, step - 1), schedule.full_after(row, step - 1)
+    made = [at for at in range(step - 1, -1, -1) if not isinstance(row.cells[at], Forecast)] if full else range(step)
+    return len(kept_steps(made, [at for at in made if isinstance(row.cells[at], Partial)], newest, full))
 
 
 def _keys_held(schedule: Schedule, row: Row, step: int) -> int:

@@ -32,7 +32,7 @@ from diffcache.cells import (
 )
 from diffcache.documents import read_document
 from diffcache.guidance import DECIDE, SAMPLES, Guidance, guidance_from_json
-from diffcache.token_reads import Lookers, keeps_tokens, lookers, token_structure
+from diffcache.token_reads import Lookers, full_values, keeps_tokens, lookers, token_structure
 
 FORMAT = "diffcache.schedule"
 VERSION = 1
@@ -69,6 +69,11 @@ class Row:
     def last_partial(self) -> int:
         """The last step at which only some tokens are computed; -1 for none."""
         return max((step for step, cell in enumerate(self.cells) if isinstance(cell, Partial)), default=-1)
+
+    @cached_property
+    def full_values(self) -> int:
+        """How many values of steps that are computed in full its rules read, where others are for some tokens."""
+        return full_values(self)
 
     def last_reads(self) -> dict[int, int]:
         """Computed step -> the last step whose forecast reads it; steps that nobody reads are missing."""
@@ -218,6 +223,10 @@ class Schedule:
         looked_at = max((looks for last, looks, _ in self._lookers[row.site] if last > step), default=0)
         return max(row.keeps if row.last_online > step else 0, looked_at)
 
+    def full_after(self, row: Row, step: int) -> int:
+        """How many of a row's newest values that were computed in full are kept after a step beside those."""
+        return row.full_values if row.last_online > step else 0
+
     def keeps_tokens(self, row: Row, step: int) -> bool:
         """Whether a later step on some tokens looks at the keys and values that are known of a row after this one."""
         looked_at = [last for last, _, attended in self._lookers[row.site] if attended]
@@ -235,10 +244,7 @@ class Schedule:
     def structure(self, step: int, column: Sequence[Cell] | None = None) -> Structure:
         """What the program of this step depends on; ``column`` is what was decided at run time."""
         cells = self.column(step) if column is None else tuple(column)
-        reads = tuple(
-            cell.reads if isinstance(cell, Forecasting) else cell.others.history if isinstance(cell, Partial) else 0
-            for cell in cells
-        )
+        reads = tuple(cell.reads if isinstance(cell, Forecasting | Partial) else 0 for cell in cells)
         views = tuple(str(cell.view) if isinstance(cell, Forecast) and cell.view else "" for cell in cells)
         tokens = tuple(
             token_structure(cell, self.keeps_tokens(row, step)) for row, cell in zip(self.rows, cells, strict=True)

@@ -12,6 +12,7 @@ from diffcache.deciding import Deciding
 from diffcache.programs import BASIS, History, Programs
 from diffcache.schedule import Schedule
 from diffcache.token_programs import NEWEST
+from diffcache.token_reads import kept_steps
 from diffcache.tracing import tree
 from diffcache.tracing.session import Bound
 
@@ -61,10 +62,12 @@ class Stream:
             {
                 BASIS,
                 *live.get(row.site, ()),
-                *made[: self.schedule.newest_after(row, step)],
+                *kept_steps(made, partial, self.schedule.newest_after(row, step), self.schedule.full_after(row, step)),
                 *([NEWEST] if self.schedule.keeps_tokens(row, step) else ()),
             }
-            for row, made in zip(self.schedule.rows, self.deciding.made, strict=True)
+            for row, made, partial in zip(
+                self.schedule.rows, self.deciding.made, self.deciding.tokens.partial, strict=True
+            )
         ]
         self.history = {key: kept for key, kept in self.history.items() if key[2] in wanted[key[0]]}
         self.position = step

@@ -25,6 +25,7 @@ class TokenChoice:
     def __init__(self, schedule: Schedule):
         self.schedule = schedule
         self.number = {row.site: number for number, row in enumerate(schedule.rows)}
+        self.partial: list[set[int]] = [set() for _ in schedule.rows]  # steps at which some of its tokens were
         self._full: dict[int, int] = {}  # row -> the last step at which all of its tokens were computed
         self._computed: dict[Place, Tensor] = {}  # the step at which each token was computed last [batch, tokens]
         self._clusters: dict[Place, tuple[int, Tensor]] = {}  # made from what was computed at a step
@@ -49,7 +50,7 @@ class TokenChoice:
         Raises:
             ValueError: the score is unknown or looks at what there is not, or the site beside has other tokens.
         """
-        others = forecast(cell.others, made[row], step, self.schedule.clock)
+        others = forecast(cell.others, made[row], step, self.schedule.clock, self.partial[row])
         if others.reads == 1 and not others.is_reuse:
             raise ValueError(
                 f"site '{self.schedule.rows[row].site}' forecasts the other tokens at step {step} from one value with "
@@ -137,12 +138,14 @@ class TokenChoice:
                 self._full[row] = step
                 self._computed = {place: known for place, known in self._computed.items() if place[0] != row}
             elif isinstance(cell, Selected):
+                self.partial[row].add(step)
                 for part, tokens in enumerate(cell.tokens):
                     self._computed[row, part] = self._computed[row, part].scatter(1, tokens, step)
 
     def adopt(self, other: TokenChoice) -> None:
         """The history of another stream was taken over: all of its tokens count as of its last full step."""
         self._full = {row: max(self._full.get(row, 0), step) for row, step in {**self._full, **other._full}.items()}
+        self.partial = [a | b for a, b in zip(self.partial, other.partial, strict=True)]
         self._computed.clear()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from diffcache.cells import COMPUTE, Cell, Partial, Selected
+from diffcache.cells import COMPUTE, Cell, Deferred, Partial, Selected
 
 if TYPE_CHECKING:
     from diffcache.schedule import Row
@@ -29,6 +29,21 @@ def lookers(rows: Sequence[Row]) -> Lookers:
                     )
                 found[cell.beside].append((step, cell.looks, cell.attended))
     return found
+
+
+def full_values(row: Row) -> int:
+    """How many values of full steps a row's rules read beside the newest one, which may be of some tokens only.
+
+    A rule that reads one value goes on from the newest, whatever was computed of it.
+    """
+    rules = [cell.others if isinstance(cell, Partial) else cell for cell in row.cells if isinstance(cell, Deferred)]
+    most = max((rule.history for rule in rules), default=0)
+    return most if most > 1 and row.last_partial >= 0 else 0
+
+
+def kept_steps(made: Sequence[int], partial: Collection[int], newest: int, full: int) -> set[int]:
+    """Of the computed steps (newest first) the ``newest``, and the ``full`` newest at which all was computed."""
+    return {*made[:newest], *[step for step in made if step not in partial][:full]}
 
 
 def keeps_tokens(row: Row, step: int, looked_at: Collection[int]) -> bool:

@@ -134,11 +134,11 @@ class Predict:
         most = [_reads(self.name, self.options), *(_reads(rule["predictor"], rule["options"]) for rule in rules)]
         return Online(self.name, self.history or max(most), self.options, self.timed, self.probe, self.view)
 
-    def cell(self, plan: Plan, site: SiteChoice, made: Sequence[int], step: int) -> Cell:
-        """The cell of a step that is not computed, when it is known which were."""
+    def cell(self, plan: Plan, site: SiteChoice, made: Sequence[int], step: int, partial: Collection[int] = ()) -> Cell:
+        """The cell of a step that is not computed, when it is known which were, and of which some tokens were."""
         if not self.fitted:
             online = self.online()
-            return online if self.name in predictors.FROM_VALUES else forecast(online, made, step, plan.clock)
+            return online if self.name in predictors.FROM_VALUES else forecast(online, made, step, plan.clock, partial)
         if plan.profile is None:
             raise ValueError(f"predictor '{self.name}' is fitted in calibration; use diffcache.compile")
         history = list(made[: self.history or 3])
@@ -217,7 +217,7 @@ class Part:
             elif gate is not None:
                 cells.append(predictor.online())
             else:
-                cells.append(predictor.cell(plan, site, made, step))
+                cells.append(predictor.cell(plan, site, made, step, partial))
         return Row(site.name, site.residual, tuple(cells), gate)
 
 
