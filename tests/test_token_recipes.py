@@ -14,7 +14,9 @@ from torch import nn
 import diffcache
 from diffcache import recipes
 from diffcache.cells import COMPUTE, Cell, Forecast, GateSpec, Online, Partial, Selected, cell_from_json, cell_to_json
+from diffcache.forecasting import forecast
 from diffcache.guidance import Guidance
+from diffcache.memory import plan_memory, token_entry
 from diffcache.planning import plan_of
 from diffcache.profiling import Calibration
 from diffcache.recipes import Part, Plan, Predict, Recipe, Tokens
@@ -23,6 +25,7 @@ from diffcache.runtime import CachedDenoiser
 from diffcache.schedule import Row, Schedule, SiteChoice
 from diffcache.token_choice import grid_of
 from diffcache.token_programs import NEWEST
+from diffcache.token_reads import kept_steps
 from tests import test_branches as branches
 from tests.denoisers import FAMILIES
 from tests.generation import STEPS as generation_steps
@@ -332,6 +335,35 @@ def test_each_sample_alone() -> None:
     together = sample(denoiser, Request(seed=3, prompt=3, batch=2))
     alone = [sample(denoiser, Request(seed=3 + i, prompt=3 + i)) for i in range(2)]
     assert torch.equal(together, torch.cat(alone))
+
+
+# -- a rule of several values beside steps on some tokens --------------------------------------------------------------
+
+
+def test_a_rule_runs_on_full_steps_and_goes_on_from_the_newest_value() -> None:
+    """Taylor of order 1 through steps 0 and 3, and what steps 4 and 5 computed of some tokens: the slope is theirs."""
+    rule = Online("taylor", 2, {"order": 1})
+    found = forecast(rule, (5, 4, 3, 0), 7, (), partial={4, 5})
+    assert found.steps == (5, 3, 0)
+    assert found.weights == pytest.approx((1.0, 2 / 3, -2 / 3))
+    assert forecast(rule, (6, 5, 4, 3, 0), 7, (), partial={4, 5}) == forecast(rule, (6, 3, 0), 7, ())
+    assert forecast(Online("reuse", 1), (5, 4, 3, 0), 7, (), partial={4, 5}) == Forecast((5,), (1.0,))
+    assert forecast(rule, (2, 0), 3, (), partial={2}) == Forecast((2,), (1.0,)), "one full step has no slope"
+
+
+def test_full_steps_are_kept_for_it_and_counted() -> None:
+    """The newest two values are of some tokens; the two newest full ones stay as well, and no more."""
+    predictor = Predict("taylor", {"order": 1})
+    tokens = Tokens(0.5, "norm")
+    part = Part(sites=one("ff:blocks.0.ff"), when=lambda plan, site: (0, 1, 2), predictor=predictor, tokens=tokens)
+    (row,) = Recipe(parts=(part,)).schedule(Plan(8, SITES)).rows
+    assert (row.keeps, row.full_values) == (2, 2)
+    assert kept_steps((5, 4, 3, 2, 1, 0), {3, 4, 5}, row.keeps, row.full_values) == {5, 4, 2, 1}
+    plan = plan_memory(Schedule(8, (row,)), {row.site: 10, token_entry(row.site): 0})
+    assert plan.entries[row.site] == 5, "four of before, and the one of now"
+    reuse = replace(row, cells=tuple(grid("CCCttttt", Partial(0.5))))
+    assert reuse.full_values == 0
+    assert plan_memory(Schedule(8, (reuse,)), {row.site: 10, token_entry(row.site): 0}).entries[row.site] == 2
 
 
 # -- recipes ----------------------------------------------------------------------------------------------------------
