@@ -36,7 +36,7 @@ PREDICTORS = ("reuse", "newton", "fitted")
 MAX_GAP = 12
 MIN_STEPS = 4
 # Assumed squared errors of history values, relative like all errors here: each gives its own proposals.
-NOISES = (1e-4, 1e-3, 1e-2)
+NOISES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1)
 # Squared error of the history per squared error of the final result. Measured on 21 cases of an analytic denoiser
 # (Gaussian mixture, 20 to 50 steps, held-out seeds): error of the first-ranked proposal relative to the best evenly
 # spaced extrapolation 1.50, 0.72, 0.62, 0.67, 0.80 (geometric means) for FEEDBACK 0, 10, 20, 30, 40.
