@@ -28,18 +28,15 @@ def forecast(
         now, then = (_weights(cell, history, at, clock) for at in (step, made[0]))
         return used((made[0], *history), [1.0, *(a - b for a, b in zip(now, then, strict=True))])
     at, target = times(cell, history, step, clock)
-    weights = predictors.weights(cell.predictor, at, target, **cell.options)
     inside = [] if cell.view is None else [
         predictors.weights(rule["predictor"], at, target, **rule["options"]) for rule in cell.view.inside
     ]  # fmt: skip
-    return used(history, weights, cell.view, inside)
+    return used(history, _weights(cell, history, step, clock), cell.view, inside)
 
 
-def _weights(cell: Online, history: Sequence[int], step: int, clock: Sequence[float]) -> list[float]:
-    """The rule's weights, one for each value of history."""
-    at, target = times(cell, history, step, clock)
-    found = list(predictors.weights(cell.predictor, at, target, **cell.options))
-    return [*found, *[0.0] * (len(history) - len(found))]
+def _weights(cell: Online, history: Sequence[int], step: int, clock: Sequence[float]) -> Sequence[float]:
+    """The rule's weights, for as many values of history as it reads."""
+    return predictors.weights(cell.predictor, *times(cell, history, step, clock), **cell.options)
 
 
 def times(cell: Online, history: Sequence[int], step: int, clock: Sequence[float]) -> tuple[list[float], float]:

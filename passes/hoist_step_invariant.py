@@ -34,8 +34,8 @@ def hoist_step_invariant(
     """
     fixed = _fixed_nodes(gm.graph, frozenset(invariant))
     work = [node for node in gm.graph.nodes if node in fixed and node.op.startswith("call_")]
-    read = [n for n in work if n.name in named or any(user not in fixed for user in n.users)]
-    values = [n for n in read if not n.meta.get("guard")]
+    computed = [node for node in work if not node.meta.get("guard")]
+    values = [n for n in computed if n.name in named or any(user not in fixed for user in n.users)]
     first = _first_of_equals(work, named)
     distinct = list(dict.fromkeys(first.get(value, value) for value in values))
     gm.meta["hoisted"] = len(work)

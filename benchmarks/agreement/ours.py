@@ -47,8 +47,7 @@ class Given(Recipe):
             (site,) = one(wanted)(plan)
             cells = tuple(COMPUTE if step in computed else self._forecast(computed, step) for step in range(plan.steps))
             rows.append(Row(site.name, site.residual, cells))
-        guidance = self.guidance(plan) if callable(self.guidance) else self.guidance
-        return Schedule(plan.steps, tuple(rows), clock=plan.clock, origin="given", guidance=guidance)
+        return Schedule(plan.steps, tuple(rows), clock=plan.clock, origin="given", guidance=self.guidance)
 
     def _forecast(self, computed: Sequence[int], step: int) -> Cell:
         pairs = self.predict(computed, step)

@@ -167,17 +167,15 @@ def test_faster_cache():
 
 def test_faster_cache_guesses_the_unconditional_half():
     """In a batched call: which calls run whole, and what stands for the missing half."""
-    guided = WAN.guided("batched")
-    run = diffusers_hooks.faster_cache(guided)
-    delta = low = high = None
-    for step, (output, t) in enumerate(zip(run.outputs, TIMES, strict=True)):
+    run = peer("faster_cache", "wan-batched")
+    both, delta = rules.guidance_steps(TIMES), []
+    for step, (output, factors) in enumerate(zip(run.outputs, rules.guidance_bands(TIMES, both), strict=True)):
         uncond, cond = output.transpose(1, 2).chunk(2)
-        if step % 5 == 0 or not -1 < t < 641:
-            low, high = rules.split_frequencies(uncond), rules.split_frequencies(cond)
-            delta = [u - c for u, c in zip(low, high, strict=True)]
+        bands = rules.split_frequencies(cond)
+        if step in both:
+            delta = [u - c for u, c in zip(rules.split_frequencies(uncond), bands, strict=True)]
             continue
-        delta = [delta[0] * (1.1 if 99 < t < 901 else 1.0), delta[1] * (1.1 if t < 301 else 1.0)]  # compounds
-        guess = sum(part + change for part, change in zip(rules.split_frequencies(cond), delta, strict=True))
+        guess = sum(c + factor * d for c, factor, d in zip(bands, factors, delta, strict=True))
         guess = torch.fft.ifft2(torch.fft.ifftshift(guess)).real
         torch.testing.assert_close(uncond, guess, rtol=1e-4, atol=1e-5)
 
